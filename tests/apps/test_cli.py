@@ -32,6 +32,7 @@ import xfusion
 import xfusion.fusion.base as fusion_base
 from xfusion import checkpoint
 from xfusion.apps import cli
+from xfusion.apps.commands import doctor
 from xfusion.apps.commands.pictures import file_name
 from xfusion.apps.commands.show import training_memory
 from xfusion.backbone import Backbone
@@ -764,6 +765,35 @@ def test_doctor(run):
     assert "base" not in found
     assert (found["attention"], found["attention_reason"]) == choose_attention(torch.device(found["device"]))
     assert re.search(r"^attention +{attention}: {attention_reason}$".format_map(found), run("doctor").out, re.MULTILINE)
+
+
+def test_doctor_notes_what_no_test_ran_with(run, monkeypatch):
+    tested = {"python": "3.11.9", "torch": "2.13.0+cpu", "transformers": "5.23.1", "gguf": None}
+    assert doctor.untested(tested, "Linux") == []
+    other = {
+        "python": "3.13.1",
+        "torch": "2.14.0",
+        "transformers": "5.2.0",
+        "numpy": "1.26.4",
+        "huggingface-hub": "1.2.0",
+    }
+    assert doctor.untested(other, "Darwin") == [
+        "Darwin (tested: Linux)",
+        "python 3.13.1 (tested: 3.11)",
+        "torch 2.14.0 (allowed: <2.14,>=2.11)",
+        "transformers 5.2.0 (tested: 5.23)",
+        "numpy 1.26.4 (allowed: >=2)",
+    ]
+    pinned = (SOURCE.parent / "constraints.txt").read_text(encoding="utf-8")
+    for name in ("torch", "transformers"):
+        assert re.search(rf"^{name}==(\d+\.\d+)\.", pinned, re.MULTILINE)[1] == doctor.TESTED[name]
+    flow = (SOURCE.parent / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    assert re.findall(r'python-version: "(.+)"', flow) == [doctor.TESTED["python"]] and "runs-on: ubuntu-" in flow
+    limits = (SOURCE.parent / "docs" / "limits.md").read_text(encoding="utf-8")
+    assert "CPython {python}, torch {torch} and transformers {transformers}".format(**doctor.TESTED) in limits
+    monkeypatch.setitem(doctor.TESTED, "torch", "1.0")
+    (line,) = [line for line in run("doctor").out.splitlines() if "not tested" in line]
+    assert f"torch {torch.__version__} (tested: 1.0)" in line
 
 
 def test_doctor_tries_a_base(run, base):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Annotated, Any
@@ -25,6 +26,8 @@ EXTRAS = {
 }
 """Distributions that each extra brings."""
 CORE = ("torch", "transformers", "diffusers", "safetensors", "huggingface-hub", "numpy", "pillow", "gguf")
+TESTED = {"python": "3.11", "torch": "2.13", "transformers": "5.23"}
+"""Releases that the tests run with, on Linux; `constraints.txt` has all versions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +74,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     attention, attention_reason = choose_attention(torch.device(device))
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     file = embedded_file()
+    versions = {"xfusion": __version__, "python": platform.python_version()} | {n: _version(n) for n in CORE}
     return {
         "device": device,
         "gpus": gpus,
@@ -81,12 +85,34 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
-        "versions": {"xfusion": __version__, "python": platform.python_version()} | {n: _version(n) for n in CORE},
+        "versions": versions,
+        "untested": untested(versions, platform.system()),
         "cache": str(cache_folder()),
         "embedded_base": {"found": file is not None, "file": file and str(file)},
         "extras": {extra: {name: _version(name) for name in names} for extra, names in EXTRAS.items()},
         "packs": shipped(),
     }
+
+
+def untested(versions: Mapping[str, str | None], system: str) -> list[str]:
+    """What of a machine no test ran with, a phrase each.
+
+    Args:
+        versions: of Python and of packages, None where one is missing.
+        system: as `platform.system` names it.
+    """
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    requirements = [Requirement(line) for line in metadata.requires("xfusion") or ()]
+    allowed: dict[str, Any] = {canonicalize_name(r.name): r.specifier for r in requirements if r.marker is None}
+    phrases = [] if system == "Linux" else [f"{system} (tested: Linux)"]
+    for name, version in versions.items():
+        if version is not None and name in allowed and not allowed[name].contains(version, prereleases=True):
+            phrases.append(f"{name} {version} (allowed: {allowed[name]})")
+        elif version is not None and name in TESTED and not f"{version}.".startswith(f"{TESTED[name]}."):
+            phrases.append(f"{name} {version} (tested: {TESTED[name]})")
+    return phrases
 
 
 def _version(name: str) -> str | None:
@@ -103,6 +129,7 @@ def _machine_text(data: dict[str, Any]) -> str:
         ("training in", data["dtype_reason"]),
         ("attention", f"{data['attention']}: {data['attention_reason']}"),
         ("versions", versions),
+        *([("not tested", "; ".join(data["untested"]))] if data["untested"] else []),
         ("cache", data["cache"]),
     ]
     if data["gpus"]:
