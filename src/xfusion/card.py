@@ -13,7 +13,8 @@ from xfusion.model import Model
 from xfusion.storage import without_folders
 
 TEXT_OF = {
-    "strictly frozen": "Text alone comes out as the base's, bit for bit; `xfusion verify` proves it.",
+    "strictly frozen": "Text alone comes out as the base's, bit for bit; `xfusion verify` proves it. Requests of text alone"
+    " run on any engine that serves the base.",
     "LoRA": "Low-rank deltas lie on the base's layers: text alone is another than the base's, and the base's without them.",
     "as in the paper": "Trained parts stand where the base's own computed words: text alone is another than the base's.",
 }

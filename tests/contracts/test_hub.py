@@ -177,6 +177,7 @@ def test_the_card_says_what_was_recorded_and_no_more(bases, tmp_path):
     for part in ("| fit_caption_exact | 0.9877 |", "suite emoji, seed 0; torch 2.13.0", "| data | CC-BY-SA-4.0 |",
                  "| run 1 | `xfusion train xfusion` |", "bit for bit the base's", bases["llama"].fingerprint,
                  "| codec | none needed |", "Regime: strictly frozen. Text alone comes out as the base's",
+                 "Requests of text alone run on any engine that serves the base.",
                  "It loads with xfusion only", "measure memory", "No score here is of examples that training did not see",
                  "Which link asks most of you cannot be said: no known licence is named for base."):  # fmt: skip
         assert part in text, part

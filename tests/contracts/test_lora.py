@@ -164,6 +164,7 @@ def test_twenty_steps_and_the_regime_everywhere(bases, tmp_path, monkeypatch):
     assert '"regime": "LoRA"' in (pack / "config.json").read_text()
     card = (pack / "README.md").read_text()
     assert "| regime | LoRA |" in card and "Regime: LoRA. Low-rank deltas lie on the base's layers" in card
+    assert "any engine" not in card
     monkeypatch.setattr("xfusion.evaluation.verify.NEW_TOKENS", 3)
     found = verify(loaded)
     checks = {check["name"]: check["passed"] for check in found["checks"]}
