@@ -8,7 +8,7 @@ import torch
 from contracts.table import LAYERS, make_base
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from xfusion.backbone import Backbone, sources
+from xfusion.backbone import EMBEDDED, Backbone, sources
 from xfusion.data.sequence import XFusionError
 
 
@@ -49,9 +49,14 @@ def test_a_gguf_file_is_converted_once_and_without_a_word(tmp_path, monkeypatch,
     folder = make_base("llama", tmp_path / "base")
     monkeypatch.setenv("XFUSION_CACHE", str(tmp_path / "cache"))
     write_gguf(folder, tmp_path / "tiny.gguf")
+    calls, whole = [], sources._whole
+    monkeypatch.setattr(sources, "_whole", lambda *args, **options: calls.append(options) or whole(*args, **options))
     capfd.readouterr()
     base, expected = Backbone.load(str(tmp_path / "tiny.gguf")), Backbone.load(str(folder))
     assert capfd.readouterr() == ("", "")
+    options = calls[0]  # nothing stays packed, no kernel is fetched to attend with, no code of the file's folder is run
+    assert options["quantization_config"].dequantize and options["attn_implementation"] == "eager"
+    assert options["trust_remote_code"] is False and options["dtype"] == torch.float32
     assert base.compute_fingerprint() == expected.compute_fingerprint()
     ids = torch.tensor([base.encode("a red apple, ein Äpfelchen")])
     assert ids.tolist() == [list(expected.encode("a red apple, ein Äpfelchen"))]
@@ -62,6 +67,21 @@ def test_a_gguf_file_is_converted_once_and_without_a_word(tmp_path, monkeypatch,
     again = Backbone.load(str(tmp_path / "tiny.gguf"))
     assert again.fingerprint == base.fingerprint
     assert written == {path.name: path.stat().st_mtime_ns for path in made.iterdir()}
+
+
+def test_the_embedded_base_is_dense_and_plain():
+    """What transformers keeps of a GGUF file's packing is gone: weights in float32, in modules that PyTorch knows."""
+    base = Backbone.load(EMBEDDED)
+    assert {weight.dtype for weight in base.model.parameters()} == {torch.float32}
+    assert not any(weight.requires_grad or weight.is_quantized for weight in base.model.parameters())
+    leaves = [module for module in base.model.modules() if [*module.parameters(recurse=False)]]
+    kinds = {type(module).__module__.partition(".")[0] + "." + type(module).__name__ for module in leaves}
+    assert kinds == {"torch.Linear", "torch.Embedding", "transformers.LlamaRMSNorm"}
+    linears = [module for module in leaves if isinstance(module, torch.nn.Linear)]
+    assert all(module.weight.shape == (module.out_features, module.in_features) for module in linears)
+    assert not getattr(base.model, "is_quantized", False) and getattr(base.model, "hf_quantizer", None) is None
+    assert not hasattr(base.config, "quantization_config") and not hasattr(base.config, "auto_map")
+    assert base.attention in ("sdpa", "eager")
 
 
 def test_another_file_of_the_same_name_and_size_is_another_base(tmp_path, monkeypatch):

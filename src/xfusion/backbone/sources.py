@@ -196,6 +196,7 @@ def _dequantised_folder(file: Path) -> Path:
     Raises:
         XFusionError: it cannot be read, or what it becomes cannot be written.
     """
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     digest = hashlib.sha256(f"{file.name}|{_file_digest(file)}".encode()).hexdigest()[:16]
@@ -209,13 +210,18 @@ def _dequantised_folder(file: Path) -> Path:
         # transformers counts the tensors on a bar that no setting turns off; in a pipe or a log it would be noise.
         bar = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
         with one_line_errors(f"base {str(file)!r} cannot be converted"), bar:
-            model = _whole(AutoModelForCausalLM, file.parent, gguf_file=file.name, dtype=torch.float32)
+            # What transformers would keep packed, or compute with a kernel of the hub, is unpacked by its plain code.
+            packing = getattr(transformers, "GgufConfig", None)  # older releases unpack everything
+            options = {} if packing is None else {"quantization_config": packing(dequantize=True)}
+            options |= {"gguf_file": file.name, "dtype": torch.float32, "attn_implementation": "eager"}
+            model = _whole(AutoModelForCausalLM, file.parent, trust_remote_code=False, **options)
             model.hf_quantizer = None
             model.is_quantized = False
             if hasattr(model.config, "quantization_config"):
                 del model.config.quantization_config
             model.save_pretrained(temporary)
-            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(temporary)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+            tokenizer.save_pretrained(temporary)
         config = json.loads((temporary / "config.json").read_text())
         config.pop("quantization_config", None)
         (temporary / "config.json").write_text(json.dumps(config, indent=2))
