@@ -62,7 +62,7 @@ TARGETS = (
     ("graphs_in_unseen_steps", "0"),
 )
 """Figures of the bench for a training step, and the target of each."""
-BENCH_FIRST = ("bench", "bench_training", "bench_transfusion")
+BENCH_FIRST = ("bench",)
 """Results of the bench that stand above the others."""
 SHOWN_BY_SHARE = ("fit_retrieval_pixel_at_1", "fit_caption_exact", "held_caption_mrr")
 

@@ -116,6 +116,20 @@ def test_a_base_whose_weights_are_a_pickle_is_refused(tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_a_base_with_code_of_its_own_is_refused_and_its_code_not_run(tmp_path, monkeypatch):
+    """transformers would ask on the terminal whether to run it."""
+    folder, ran = make_base("llama", tmp_path / "base"), tmp_path / "ran"
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "ours", "architectures": ["Ours"]}
+    config["auto_map"] = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Ours"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"open({str(ran)!r}, 'w').close()")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(XFusionError, match=r"^base .* cannot be loaded: .*code") as error:
+        Backbone.load(str(folder))
+    assert "\n" not in str(error.value) and not ran.exists()
+
+
 def test_a_tied_head_is_not_missing(tmp_path, monkeypatch):
     assert make_base("gpt2", tmp_path / "tied").is_dir()
     assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")

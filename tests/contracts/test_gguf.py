@@ -49,8 +49,9 @@ def test_a_gguf_file_is_converted_once_and_without_a_word(tmp_path, monkeypatch,
     folder = make_base("llama", tmp_path / "base")
     monkeypatch.setenv("XFUSION_CACHE", str(tmp_path / "cache"))
     write_gguf(folder, tmp_path / "tiny.gguf")
-    calls, whole = [], sources._whole
-    monkeypatch.setattr(sources, "_whole", lambda *args, **options: calls.append(options) or whole(*args, **options))
+    calls, load = [], AutoModelForCausalLM.from_pretrained
+    recording = staticmethod(lambda *args, **options: calls.append(options) or load(*args, **options))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", recording)
     capfd.readouterr()
     base, expected = Backbone.load(str(tmp_path / "tiny.gguf")), Backbone.load(str(folder))
     assert capfd.readouterr() == ("", "")

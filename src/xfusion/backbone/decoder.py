@@ -139,7 +139,8 @@ class Backbone:
 
         name_or_path, scratch = resolve_source(source), source.startswith(SCRATCH)
         with one_line_errors(f"base {source!r} cannot be loaded"):
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path, **({"revision": revision} if revision else {}))
+            hub_options = {"revision": revision} if revision else {}
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False, **hub_options)
             model = load_weights(name_or_path, scratch=scratch, dtype=dtype or "auto", revision=revision)
         if not os.path.isdir(name_or_path):
             # A branch or None is resolved to its commit, so that a pack records the exact one.

@@ -82,7 +82,7 @@ def load_weights(
 
     hub_options: dict[str, Any] = {"revision": revision} if revision else {}
     model_options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
-    config = AutoConfig.from_pretrained(name_or_path, **hub_options)
+    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **hub_options)
     quantised = getattr(config, "quantization_config", None)
     if quantised is not None:  # copied layers could not be trained, and text output would depend on kernel versions
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
@@ -108,7 +108,8 @@ def _whole(model_class: Any, name_or_path: str | Path, **options: Any) -> Any:
         XFusionError: some weights are missing or of another shape. Tied ones, and those that a family computes, are not.
     """
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # else an error that names no weight
-    options |= {"use_safetensors": True}  # else a repository without them would have its pickle read
+    # Without safetensors a pickle would be read, and beside a repository's own code the user be asked whether to run it.
+    options |= {"use_safetensors": True, "trust_remote_code": False}
     model, report = model_class.from_pretrained(name_or_path, **options)
     wrong = dict.fromkeys(report["missing_keys"], "missing")
     for key, stored, expected in report["mismatched_keys"]:
@@ -131,7 +132,8 @@ def special_tokens(source: str = EMBEDDED) -> tuple[str, ...]:
     from transformers import AutoTokenizer
 
     with one_line_errors(f"the tokenizer of base {source!r} cannot be loaded"):
-        return tuple(AutoTokenizer.from_pretrained(resolve_source(source)).all_special_tokens)
+        tokenizer = AutoTokenizer.from_pretrained(resolve_source(source), trust_remote_code=False)
+        return tuple(tokenizer.all_special_tokens)
 
 
 @contextmanager
@@ -214,7 +216,7 @@ def _dequantised_folder(file: Path) -> Path:
             packing = getattr(transformers, "GgufConfig", None)  # older releases unpack everything
             options = {} if packing is None else {"quantization_config": packing(dequantize=True)}
             options |= {"gguf_file": file.name, "dtype": torch.float32, "attn_implementation": "eager"}
-            model = _whole(AutoModelForCausalLM, file.parent, trust_remote_code=False, **options)
+            model = _whole(AutoModelForCausalLM, file.parent, **options)
             model.hf_quantizer = None
             model.is_quantized = False
             if hasattr(model.config, "quantization_config"):

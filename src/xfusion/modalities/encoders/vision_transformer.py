@@ -46,7 +46,7 @@ class VisionTransformer(Encoder):
             """Its transformers configuration; weights are not loaded."""
             from transformers import AutoConfig
 
-            config = _load_pretrained(self, AutoConfig.from_pretrained)
+            config = _load_pretrained(self, AutoConfig.from_pretrained, trust_remote_code=False)
             return getattr(config, "vision_config", config)
 
         @property
@@ -87,7 +87,8 @@ class VisionTransformer(Encoder):
         self.licence = config.stated_licence
         self.width, self.side = shape.hidden_size, shape.image_size
         self.cells = self.side // shape.patch_size
-        model, report = _load_pretrained(config, AutoModel.from_pretrained, config=shape, output_loading_info=True)
+        options = {"trust_remote_code": False, "output_loading_info": True}
+        model, report = _load_pretrained(config, AutoModel.from_pretrained, config=shape, **options)
         if report["missing_keys"]:
             raise XFusionError(f"encoder {config.source!r} lacks weights: {sorted(report['missing_keys'])[0]}")
         self.model: Any = model.float()
