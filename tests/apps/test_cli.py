@@ -691,7 +691,8 @@ def test_a_status_has_its_committed_figures():
 def test_evaluate(run, here, pack, monkeypatch):
     def suite(model, *, progress, source="emoji", max_drawn=None):
         progress("drawing", 1, 1)
-        return {"score": 0.5, "settings": {"source": source, "max_drawn": max_drawn}}
+        scores = {"score": 0.5, "score_interval": [1 / 3, 2 / 3], "curves": {}}
+        return scores | {"settings": {"source": source, "max_drawn": max_drawn}}
 
     monkeypatch.setenv("XFUSION_COMMIT", "0123456789abcdef")
     monkeypatch.setattr("xfusion.evaluation.suites.emoji.run", suite)
@@ -700,7 +701,8 @@ def test_evaluate(run, here, pack, monkeypatch):
     assert ran.json["settings"]["source"] == "emoji:128" and ran.json["settings"]["max_drawn"] == 3
     assert json.loads(Path("scores.json").read_text()) == ran.json
     mine = shutil.copytree(pack, "mine")
-    assert run("evaluate", mine, "--set", "max_drawn=3", "--record").code == 0
+    ran_again = run("evaluate", mine, "--set", "max_drawn=3", "--record")
+    assert ran_again.code == 0 and "[0.3333, 0.6667]" in ran_again.out
     assert "| score | 0.5 |" in (Path(mine) / "README.md").read_text()
     assert checkpoint.read_config(Path(mine))["scores"]["settings"]["max_drawn"] == 3
     settings = checkpoint.read_config(Path(mine))["scores"]["settings"]

@@ -62,6 +62,15 @@ class Verify(Verb):
         return Answer(data=result, text=f"{table(rows)}\n{verdict(result)}", code=0 if result["passed"] else 1)
 
 
+def _figure(value: Any) -> str:
+    """A score for people: numbers, also those of an interval, to four digits."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list) and value and all(isinstance(item, float) for item in value):
+        return f"[{', '.join(map(_figure, value))}]"
+    return str(value)
+
+
 def _record_folder(name: str) -> Path:
     """The folder of the pack in which results are recorded; checked before they are computed."""
     from xfusion import checkpoint
@@ -134,7 +143,7 @@ class Evaluate(Verb):
             scores = {k: v for k, v in result.items() if k != "curves"} | {"settings": settings_used}
             checkpoint.add_facts(folder, model, scores=scores)
         scores = {k: v for k, v in result.items() if k not in ("settings", "curves")}
-        rows = [(k, f"{v:.4g}" if isinstance(v, float) else str(v)) for k, v in scores.items()]
+        rows = [(k, _figure(v)) for k, v in scores.items()]
         return Answer(data=result, text=table(rows + self.plots(result.get("curves", {}))))
 
     def plots(self, curves: dict[str, list[list[float]]]) -> list[tuple[str, str]]:
