@@ -124,6 +124,7 @@ def figures(name: str) -> list[str]:
     data, and whether the training log has it.
     """
     rows: list[dict[str, Any]] = []
+    forms = set()
     for folder in comparisons():
         recipes = recipes_by_label(folder)
         results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*-seed*.json"))]
@@ -138,8 +139,11 @@ def figures(name: str) -> list[str]:
                 }
                 link = f"[{folder.name}](../comparison.md#{folder.name})"
                 rows.append({"comparison": link, "recipe": f"`{called}`", "runs": len(runs)} | scores)
+                forms.add(called)
     titles = [SCORES[score].title for score in SHOWN_OF_RECIPE if any(SCORES[score].title in row for row in rows)]
     lines = table(rows, ("comparison", "recipe", "runs", *titles)) if rows else []
+    if rows and all(find(form)() != find(name)() for form in forms):
+        lines = ["No comparison ran the command above without arguments; those that ran are in the second column.", "", *lines]
     if re.search(rf"xfusion train [\"']?{name}\b", (HERE / "training_log.md").read_text(encoding="utf-8")):
         lines.append("Its other runs and scores are in the [training log](../training_log.md).")
     elif lines:

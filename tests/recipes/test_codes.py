@@ -14,7 +14,7 @@ from xfusion.data.sequence import XFusionError
 from xfusion.modalities.codecs.causal_queries import CausalQueries, Shape
 from xfusion.recipes.base import find
 
-RECIPES = ("teal", "dall_e", "dall_e(rank=4)", "cm3leon", "seed")
+RECIPES = ("teal", "dall_e", "dall_e(rank=None)", "cm3leon", "seed")
 
 
 @pytest.fixture(scope="module")

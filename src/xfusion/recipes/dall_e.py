@@ -6,8 +6,8 @@ Faithful: one decoder over words and then codes in reading order; row and column
 a position predicts words or codes but never both.
 
 Adapted: the paper trains a decoder of 12 billion weights from scratch; here the language model is frozen, with input and
-output rows for codes, behind a norm and with a bias of their own, and, with ``rank``, a low-rank copy of it for picture
-positions. Codes have 7/8 of the loss weight and words 1/8, our reading of the paper; words before a picture belong to the
+output rows for codes, behind a norm and with a bias of their own, and, unless ``rank`` is None, a low-rank copy of it for
+picture positions. Codes have 7/8 of the loss weight and words 1/8, our reading of the paper; words before a picture belong to the
 frozen model and have no loss, so the 1/8 goes to names after pictures. The tokenizer is the shipped quantiser. To use the
 paper's dVAE, train it with `runs/train_emoji_codes.py --kind dvae` and pass it as ``codec``. Compared with a quantiser trained
 as briefly, it used half of its codes and had 0.5 dB less (docs/training_log.md, kinds of codes). No recipe was trained on
@@ -31,14 +31,15 @@ PAPER = "arXiv 2102.12092"
 STATUS = "runs"
 
 
-def dall_e(codec: str = "emoji-vq", entries: int = 512, size: int = 32, rank: int | None = None) -> Recipe:
+def dall_e(codec: str = "emoji-vq", entries: int = 512, size: int = 32, rank: int | None = 16) -> Recipe:
     """The stream of tokens.
 
     Args:
         codec: a VQModel: a shipped codec, a folder or a hub id; a dVAE is one, too.
         entries: codes of its table.
         size: side of the pictures in pixels.
-        rank: of the deltas that picture positions take at every layer; None trains the codes' rows alone.
+        rank: of the deltas that picture positions take at every layer; None trains the codes' rows alone, as `teal` does, which
+            draws significantly worse (docs/comparison.md, tokens).
     """
     recipe = teal(codec, entries, size).with_model(
         text=NextToken.Config(weight=1 / 8), media=NextCode.Config(weight=7 / 8)
