@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence as Seq
 
 import torch
+from torch import Tensor
 
 from xfusion.data.sequence import END_OF_MEDIA, IGNORE, Batch, Media, MediaRows, Rows, Sequence, Text, XFusionError
 
-_Table = list[tuple[int, int, int, int, bool, bool, bool]]
-"""Positions of one owner in one row: order, sample, position, segment, bidirectional, visible to later, after media."""
+_Table = defaultdict[str, list[int]]
+"""Positions of one owner in one row: a column for each field that its tensors get."""
+_POSITION = {
+    "order": -1,
+    "sample": -1,
+    "position": 0,
+    "segment": -1,
+    "bidirectional": False,
+    "visible_to_later": False,
+    "after_media": False,
+}
+"""Fields of `Rows`, and their values at padding."""
+_CELL = {"item": -1, "boundary": False, "grid_row": 0, "grid_column": 0}
+"""Fields of `MediaRows` that say what a media position holds, and their values at padding."""
 
 
 def text_length(sequence: Sequence) -> int:
@@ -17,15 +31,16 @@ def text_length(sequence: Sequence) -> int:
     total, last = 0, len(sequence.segments) - 1
     for i, segment in enumerate(sequence.segments):
         if isinstance(segment, Text):
-            total += len(segment.ids) - (bool(segment.ids) and _end_is_label(segment, i == last))
+            total += _num_read(segment, i == last)
         elif i < last:
             total += 1
     return total
 
 
-def _end_is_label(segment: Text, last: bool) -> bool:
-    """Whether the last token of a text is only a label and has no position."""
-    return segment.has_loss and (last or segment.unread_end)
+def _num_read(text: Text, last: bool) -> int:
+    """Tokens of a text that have a position: all, or all but its last one if that is only a label."""
+    end_is_label = text.has_loss and (last or text.unread_end)
+    return max(len(text.ids) - end_is_label, 0)
 
 
 def media_length(sequence: Sequence) -> int:
@@ -68,6 +83,71 @@ def balance(sequences: Seq[Sequence], budget: int) -> list[list[Sequence]]:
     return [row for _, _, row in rows]
 
 
+class _Row:
+    """One row of a batch while its sequences are laid out in reading order, each position in the table of its owner."""
+
+    def __init__(self) -> None:
+        self.text: _Table = defaultdict(list)
+        self.media: defaultdict[str, _Table] = defaultdict(lambda: defaultdict(list))
+        self.media_reads_text = False
+        self.order = self.segment = 0
+        self.sample = -1
+
+    def begin_sequence(self) -> None:
+        self.sample += 1
+        self.position = 0
+        self.has_text = self.has_media = False
+
+    def add_text(self, text: Text, last: bool) -> None:
+        """The tokens of a text. If it ``has_loss``, each is the label of the text position before it."""
+        read = text.ids[: _num_read(text, last)]
+        labels = [IGNORE] * len(read)
+        if text.has_loss and text.ids:
+            if self.has_text:
+                self.text["label"][-1] = text.ids[0]
+            labels = [*text.ids[1:], IGNORE][: len(read)]
+        self._place(self.text, len(read))
+        self.text["id"] += read
+        self.text["label"] += labels
+        self.has_text |= len(read) > 0
+        self.segment += 1
+
+    def add_media(self, media: Media, number: int) -> None:
+        """[BOI] and the tokens of an item, which has this number among the batch's items of its modality."""
+        count, columns = len(media.tokens), media.grid[1]
+        if count != media.grid[0] * columns:
+            raise XFusionError(f"a media item has {count} tokens but its grid is {media.grid}")
+        self.has_media = True
+        self.media_reads_text |= self.has_text
+        table, visible = self.media[media.modality], media.visible_to_later
+        self._place(table, 1, visible_to_later=visible)
+        self._place(table, count, media.bidirectional, visible, media.shared_position)
+        table["item"] += [-1] + [number] * count
+        table["boundary"] += [True] + [False] * count
+        table["grid_row"] += [0] + [token // columns for token in range(count)]
+        table["grid_column"] += [0] + [token % columns for token in range(count)]
+        self.segment += 1
+
+    def _place(
+        self,
+        table: _Table,
+        count: int,
+        bidirectional: bool = False,
+        visible_to_later: bool = True,
+        shared_position: bool = False,
+    ) -> None:
+        """The next positions of the row, in reading order."""
+        table["order"] += range(self.order, self.order + count)
+        table["sample"] += [self.sample] * count
+        table["position"] += [self.position + (0 if shared_position else i) for i in range(count)]
+        table["segment"] += [self.segment] * count
+        table["bidirectional"] += [bidirectional] * count
+        table["visible_to_later"] += [visible_to_later] * count
+        table["after_media"] += [self.has_media] * count
+        self.order += count
+        self.position += 1 if shared_position else count
+
+
 def pack(rows: Seq[Seq[Sequence]], *, text_width: int | None = None) -> Batch:
     """Lay out sequences as a `Batch`, several to a row if asked.
 
@@ -82,130 +162,61 @@ def pack(rows: Seq[Seq[Sequence]], *, text_width: int | None = None) -> Batch:
     Raises:
         XFusionError: a row's text is longer than ``text_width``, or grids and tokens disagree.
     """
-    text_tables: list[_Table] = []
-    ids: list[list[int]] = []
-    labels: list[list[int]] = []
-    names = list(
-        dict.fromkeys(
-            segment.modality
-            for row in rows
-            for sequence in row
-            for segment in sequence.segments
-            if isinstance(segment, Media)
-        )
-    )
-    media_tables: dict[str, list[_Table]] = {name: [[] for _ in rows] for name in names}
-    items: dict[str, list[Media]] = {name: [] for name in names}
-    item_tables: dict[str, list[list[tuple[int, bool, int, int]]]] = {name: [[] for _ in rows] for name in names}
-    text_reads_media = media_reads_text = False
-
-    for row_number, row in enumerate(rows):
-        table: _Table = []
-        row_ids: list[int] = []
-        row_labels: list[int] = []
-        order = segment_number = 0
-        for sample, sequence in enumerate(row):
-            position, after_media, after_any_text, after_text = 0, False, False, False
-            last = len(sequence.segments) - 1
-            for i, segment in enumerate(sequence.segments):
+    laid_out: list[_Row] = []
+    items: dict[str, list[Media]] = {}
+    for sequences in rows:
+        row = _Row()
+        laid_out.append(row)
+        for sequence in sequences:
+            row.begin_sequence()
+            for number, segment in enumerate(sequence.segments, 1):
+                last = number == len(sequence.segments)
                 if isinstance(segment, Text):
-                    for j, token in enumerate(segment.ids):
-                        if segment.has_loss and after_text:
-                            row_labels[-1] = token
-                        if j == len(segment.ids) - 1 and _end_is_label(segment, i == last):
-                            break
-                        table.append((order, sample, position, segment_number, False, True, after_media))
-                        row_ids.append(token)
-                        row_labels.append(IGNORE)
-                        after_text = True
-                        order, position = order + 1, position + 1
-                    text_reads_media |= after_media
-                    after_any_text |= bool(segment.ids)
-                else:
-                    if segment.tokens.shape[0] != segment.grid[0] * segment.grid[1]:
-                        raise XFusionError(
-                            f"a media item has {segment.tokens.shape[0]} tokens but its grid is {segment.grid}"
-                        )
-                    media_table = media_tables[segment.modality][row_number]
-                    item_table = item_tables[segment.modality][row_number]
-                    number, count = len(items[segment.modality]), len(segment.tokens)
-                    bidirectional, visible_to_later = segment.bidirectional, segment.visible_to_later
-                    media_table.append((order, sample, position, segment_number, False, visible_to_later, True))
-                    item_table.append((-1, True, 0, 0))
-                    items[segment.modality].append(segment)
-                    order, position, step = order + 1, position + 1, int(not segment.shared_position)
-                    media_table += [
-                        (order + m, sample, position + m * step, segment_number, bidirectional, visible_to_later, True)
-                        for m in range(count)
-                    ]
-                    item_table += [(number, False, *divmod(m, segment.grid[1])) for m in range(count)]
-                    order, position = order + count, position + count * step
-                    position += segment.shared_position
-                    after_text, after_media, media_reads_text = False, True, media_reads_text or after_any_text
-                    if i < last:
-                        table.append((order, sample, position, segment_number + 1, False, True, True))
-                        row_ids.append(END_OF_MEDIA - names.index(segment.modality))
-                        row_labels.append(IGNORE)
-                        after_text, after_any_text, text_reads_media = True, True, True
-                        order, position, segment_number = order + 1, position + 1, segment_number + 1
-                segment_number += 1
-        text_tables.append(table)
-        ids.append(row_ids)
-        labels.append(row_labels)
+                    row.add_text(segment, last)
+                    continue
+                items_so_far = items.setdefault(segment.modality, [])
+                row.add_media(segment, len(items_so_far))
+                items_so_far.append(segment)
+                if not last:
+                    end_of_media = END_OF_MEDIA - list(items).index(segment.modality)
+                    row.add_text(Text(ids=(end_of_media,)), last)
 
-    longest = max(map(len, ids), default=0)
+    text_tables = [row.text for row in laid_out]
+    longest = max((len(table["id"]) for table in text_tables), default=0)
     width = longest if text_width is None else text_width
     if longest > width:
         raise XFusionError(f"a row holds {longest} text tokens but the budget is {width}: raise it or shorten the text")
-    batch = Batch(
-        text=_tables(text_tables, width),
-        text_ids=torch.tensor([row + [0] * (width - len(row)) for row in ids], dtype=torch.int64).reshape(
-            len(rows), width
-        ),
-        labels=torch.tensor([row + [IGNORE] * (width - len(row)) for row in labels]).reshape(len(rows), width).long(),
-        text_reads_media=text_reads_media,
-        media_reads_text=media_reads_text,
+    return Batch(
+        text=Rows(**_padded(text_tables, width, _POSITION)),
+        text_ids=_padded(text_tables, width, {"id": 0})["id"],
+        labels=_padded(text_tables, width, {"label": IGNORE})["label"],
+        media={name: _media_rows([row.media[name] for row in laid_out], items[name]) for name in items},
+        text_reads_media=any(any(table["after_media"]) for table in text_tables),
+        media_reads_text=any(row.media_reads_text for row in laid_out),
         num_sequences=sum(map(len, rows)),
     )
-    for name in names:
-        batch.media[name] = _media_rows(media_tables[name], item_tables[name], items[name])
-    return batch
 
 
-def _tables(tables: Seq[_Table], width: int) -> Rows:
-    padded = [t + [(-1, -1, 0, -1, False, False, False)] * (width - len(t)) for t in tables]
-    columns = torch.tensor(padded, dtype=torch.int64).reshape(len(tables), width, 7).unbind(-1)
-    order, sample, position, segment, bidirectional, visible_to_later, after_media = (
-        column.contiguous() for column in columns
-    )
-    return Rows(
-        order=order,
-        sample=sample,
-        position=position,
-        segment=segment,
-        bidirectional=bidirectional.bool(),
-        visible_to_later=visible_to_later.bool(),
-        after_media=after_media.bool(),
-    )
+def _padded(tables: Seq[_Table], width: int, padding: dict[str, int]) -> dict[str, Tensor]:
+    """The columns that ``padding`` names, ``[B, width]`` each: bool or int64, as the value at padding."""
+    return {
+        name: torch.tensor(
+            [table[name] + [value] * (width - len(table[name])) for table in tables],
+            dtype=torch.bool if isinstance(value, bool) else torch.int64,
+        ).reshape(len(tables), width)
+        for name, value in padding.items()
+    }
 
 
-def _media_rows(
-    tables: Seq[_Table], item_tables: Seq[list[tuple[int, bool, int, int]]], items: Seq[Media]
-) -> MediaRows:
-    width = max(map(len, tables))
-    padded = [row + [(-1, False, 0, 0)] * (width - len(row)) for row in item_tables]
-    item, boundary, grid_row, grid_column = torch.tensor(padded, dtype=torch.int64).unbind(-1)
-    token_width = items[0].tokens.shape[1]
-    tokens = torch.zeros(len(tables), width, token_width)
-    is_token = item >= 0
-    tokens[is_token] = torch.cat([media.tokens for media in items]).float()
+def _media_rows(tables: Seq[_Table], items: Seq[Media]) -> MediaRows:
+    width = max(len(table["order"]) for table in tables)
+    cells = _padded(tables, width, _CELL)
+    tokens = torch.zeros(len(tables), width, items[0].tokens.shape[1])
+    tokens[cells["item"] >= 0] = torch.cat([media.tokens for media in items]).float()
     return MediaRows(
-        rows=_tables(tables, width),
+        rows=Rows(**_padded(tables, width, _POSITION)),
         tokens=tokens,
-        item=item.contiguous(),
-        boundary=boundary.bool(),
-        grid_row=grid_row.contiguous(),
-        grid_column=grid_column.contiguous(),
+        **cells,
         time=torch.zeros(len(items)),
         noised=torch.tensor([media.state == "noised" for media in items]),
         has_loss=torch.tensor([media.has_loss for media in items]),
