@@ -314,29 +314,13 @@ def encode(
     model_codec = codec.build()
     model_codec.latent_shape(size, size)
     codec_identity = identity(model_codec)
-    _remove_leftovers(out)
-    if out.is_dir() and not is_folder(out) and any(out.iterdir()):
-        raise XFusionError(f"{out}: holds other files: name a new folder")
-    with named_in_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-    starts = range(0, len(source.examples), PER_SHARD)
-    tasks = [_Task(out, start, min(PER_SHARD, len(source.examples) - start)) for start in starts]
-    for task in tasks:
-        task.key = _key(codec_identity, size, batch, source.examples[task.start : task.start + task.count])
+    _make_folder(out)
+    tasks = _tasks(out, source.examples, codec_identity, size, batch)
     _refuse_others(out, tasks, codec_identity, size)
-    unfinished = [task for task in tasks if not task.path.is_file()]
     earlier_hashes = _earlier_hashes(out)
-    report_progress = progress or (lambda done, total: None)
-    left_out = {
-        task.start + position: facts["reason"]
-        for task in tasks
-        if task not in unfinished
-        for position, facts in _left_out(task.path).items()
-    }
-    if too_many(source, left_out, allow_bad) is not None:
-        unfinished = [task for task in tasks if task in unfinished or task.holds(left_out)]
-        left_out = {}
+    unfinished, left_out = _unfinished(tasks, source, allow_bad)
     done = len(source.examples) - sum(task.count for task in unfinished)
+    report_progress = progress or (lambda done, total: None)
     report_progress(done, len(source.examples))
     if unfinished:
         settings = size, batch, allow_bad > 0
@@ -347,21 +331,7 @@ def encode(
                 raise Unreadable(message, left_out)
             done += task.count
             report_progress(done, len(source.examples))
-    # An example's origin contains the folder's name, which need not be valid UTF-8.
-    with (
-        atomic_file(out / EXAMPLES) as temporary,
-        temporary.open("w", encoding="utf-8", errors="surrogatepass") as file,
-    ):
-        for example in source.examples:
-            file.write(json.dumps(asdict(example), ensure_ascii=False) + "\n")
-    shards = [
-        {"file": t.path.name, "count": t.count, "bytes": t.path.stat().st_size, "sha256": file_hash(t.path)}
-        for t in tasks
-    ]
-    for task, shard in zip(tasks, shards, strict=True):
-        earlier_hash = earlier_hashes.get(task.path.name)
-        if task not in unfinished and earlier_hash is not None and earlier_hash != shard["sha256"]:
-            raise XFusionError(f"{task.path}: {_altered(shard['sha256'], earlier_hash)}")
+    _write_examples(out / EXAMPLES, source.examples)
     index = {
         "format_version": FORMAT_VERSION if left_out else 1,
         "spec": source.spec,
@@ -370,7 +340,7 @@ def encode(
         "batch": batch,
         "codec": codec_identity,
         "codec_licence": model_codec.licence,
-        "shards": shards,
+        "shards": _shard_entries(tasks, unfinished, earlier_hashes),
         "examples": {"file": EXAMPLES, "sha256": file_hash(out / EXAMPLES)},
     }
     if left_out:
@@ -378,6 +348,24 @@ def encode(
     with atomic_file(out / INDEX) as temporary:
         temporary.write_text(json.dumps(sealed(index), indent=2) + "\n", encoding="utf-8")
     return Latents(out)
+
+
+def _make_folder(out: Path) -> None:
+    _remove_leftovers(out)
+    if out.is_dir() and not is_folder(out) and any(out.iterdir()):
+        raise XFusionError(f"{out}: holds other files: name a new folder")
+    with named_in_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+
+
+def _write_examples(path: Path, examples: Sequence[Example]) -> None:
+    # An example's origin contains the folder's name, which need not be valid UTF-8.
+    with (
+        atomic_file(path) as temporary,
+        temporary.open("w", encoding="utf-8", errors="surrogatepass") as file,
+    ):
+        for example in examples:
+            file.write(json.dumps(asdict(example), ensure_ascii=False) + "\n")
 
 
 def left_out_before(out: Path) -> dict[str, dict[str, str]]:
@@ -409,15 +397,24 @@ def _remove_leftovers(out: Path) -> None:
 
 
 class _Task:
-    """A shard to encode."""
+    """A shard to encode; ``key`` is the hash of its inputs."""
 
-    def __init__(self, out: Path, start: int, count: int) -> None:
-        self.start, self.count, self.key = start, count, ""
+    def __init__(self, out: Path, start: int, count: int, key: str) -> None:
+        self.start, self.count, self.key = start, count, key
         self.path = out / f"latents-{start // PER_SHARD:05d}.safetensors"
 
     def holds(self, numbers: Iterable[int]) -> bool:
         """Whether one of these examples is in the shard."""
         return any(self.start <= number < self.start + self.count for number in numbers)
+
+
+def _tasks(out: Path, examples: Sequence[Example], codec: dict[str, Any], size: int, batch: int) -> list[_Task]:
+    """The shards of all examples, finished or not."""
+    tasks = []
+    for start in range(0, len(examples), PER_SHARD):
+        in_shard = examples[start : start + PER_SHARD]
+        tasks.append(_Task(out, start, len(in_shard), _key(codec, size, batch, in_shard)))
+    return tasks
 
 
 def _key(codec: dict[str, Any], size: int, batch: int, examples: Sequence[Example]) -> str:
@@ -439,6 +436,41 @@ def _refuse_others(out: Path, tasks: Sequence[_Task], codec: dict[str, Any], siz
                 )
     if unexpected := {p.name for p in out.glob("latents-*.safetensors")} - {task.path.name for task in tasks}:
         raise XFusionError(f"{out}: holds {min(unexpected)}, which this source does not fill: name a new folder")
+
+
+def _unfinished(tasks: Sequence[_Task], source: Source, allow_bad: float) -> tuple[list[_Task], dict[int, str]]:
+    """The shards to encode, and the examples that the others leave out, with the reason.
+
+    A finished shard is encoded again if it leaves an example out and the finished ones leave out too many.
+    """
+    from xfusion.data.sources import too_many
+
+    finished = [task for task in tasks if task.path.is_file()]
+    left_out = {
+        task.start + position: facts["reason"] for task in finished for position, facts in _left_out(task.path).items()
+    }
+    if too_many(source, left_out, allow_bad) is not None:
+        finished, left_out = [task for task in finished if not task.holds(left_out)], {}
+    return [task for task in tasks if task not in finished], left_out
+
+
+def _shard_entries(
+    tasks: Sequence[_Task], encoded: Sequence[_Task], earlier_hashes: dict[str, str]
+) -> list[dict[str, Any]]:
+    """The index's entries of the shards.
+
+    Raises:
+        XFusionError: a shard that was not encoded now differs from its earlier hash.
+    """
+    entries = [
+        {"file": t.path.name, "count": t.count, "bytes": t.path.stat().st_size, "sha256": file_hash(t.path)}
+        for t in tasks
+    ]
+    for task, entry in zip(tasks, entries, strict=True):
+        earlier_hash = earlier_hashes.get(task.path.name)
+        if task not in encoded and earlier_hash is not None and earlier_hash != entry["sha256"]:
+            raise XFusionError(f"{task.path}: {_altered(entry['sha256'], earlier_hash)}")
+    return entries
 
 
 def _metadata(path: Path) -> dict[str, Any]:
