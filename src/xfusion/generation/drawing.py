@@ -61,44 +61,18 @@ def draw_tokens(
         tokens ``[N, M, P]``.
     """
     refuse_to_draw(model)
-    grid, name = model.modality.grid(size), model.modality.name
-    count, width = grid[0] * grid[1], model.modality.token_width
-    device = model.device
-    # Sampled on the CPU, so that a seed gives the same picture on every device.
-    noise = torch.stack([torch.randn(count, width, generator=torch.Generator().manual_seed(s)) for s in seeds])
-    blank = model.modality.segment(torch.zeros(count, width), grid, state="noised")
+    grid = model.modality.grid(size)
     scale = model.guidance if guidance is None else guidance
     if not math.isfinite(scale):
         raise XFusionError(f"guidance {scale}: give a number, such as 3; 1 is off")
-    is_guided = scale != 1
-    prompts = [(*opened(model.backbone.begin_ids, context), blank) for context in contexts]
-    if is_guided:
-        prompts += [(blank,) for _ in contexts]
-    batch = pack([[Sequence(segments=segments)] for segments in prompts]).to(device)
-    media = batch.media[name]
-    cache = model.backbone.new_cache(model.fusion.num_towers, len(prompts))
-
-    # The target's tokens are the last of each row; the media rows before them (context pictures, [BOI]) are run first.
-    is_target = media.item == media.item.amax(dim=1, keepdim=True)
-    columns = is_target.int().argsort(dim=1, stable=True)
-    context_rows, columns = _select_columns(media, columns[:, :-count]), columns[:, -count:]
-    _, run = model.run_pass(batch.with_media(name, **vars(context_rows)), cache=cache, update=True, final=False)
-    # The last of these rows is the target's [BOI]; padding has the order -1.
-    begin = run.states[name].gather(
-        1, context_rows.rows.order.argmax(dim=1)[:, None, None].expand(-1, 1, model.backbone.hidden_size)
-    )
-
-    target = _select_columns(media, columns)
-    # Items are renumbered, since context pictures are no longer among them.
-    item = torch.arange(len(prompts), device=device)
-    target = replace(target, item=item[:, None].expand(-1, count).contiguous(), noised=item >= 0)
-    step = replace(batch, text=batch.text.none(), text_ids=batch.text_ids[:, :0])
-    predict = _Drawing(model=model, step=step, target=target, cache=cache, begin=begin, scale=scale)
-
-    x = noise = noise.to(device)
+    count, width = grid[0] * grid[1], model.modality.token_width
+    # Sampled on the CPU, so that a seed gives the same picture on every device.
+    noise = torch.stack([torch.randn(count, width, generator=torch.Generator().manual_seed(s)) for s in seeds])
+    x = noise = noise.to(model.device)
     options: dict[str, Any] = {} if solver is None else {"solver": solver}
     if known is not None and keep is not None:
-        options |= {"known": known.to(device), "keep": keep.to(device)}
+        options |= {"known": known.to(model.device), "keep": keep.to(model.device)}
+    predict = _after(model, contexts, grid, scale)
     samples = model.media_objective.sample(predict, noise, steps=steps, **options)
     total = model.media_objective.num_steps(steps, count)
     with model.drawing():
@@ -107,6 +81,35 @@ def draw_tokens(
             if progress:
                 progress(done, total, estimate)
     return x
+
+
+def _after(model: Model, contexts: Seq[tuple[Text | Media, ...]], grid: tuple[int, int], scale: float) -> _Drawing:
+    """The drawer of one item after each context: reads the contexts, and an empty one for each if there is guidance."""
+    name, count = model.modality.name, grid[0] * grid[1]
+    blank = model.modality.segment(torch.zeros(count, model.modality.token_width), grid, state="noised")
+    prompts = [(*opened(model.backbone.begin_ids, context), blank) for context in contexts]
+    if scale != 1:
+        prompts += [(blank,) for _ in contexts]
+    batch = pack([[Sequence(segments=segments)] for segments in prompts]).to(model.device)
+    media = batch.media[name]
+    cache = model.backbone.new_cache(model.fusion.num_towers, len(prompts))
+
+    # The target's tokens are the last of each row; the media rows before them (context pictures, [BOI]) are run first.
+    is_target = media.item == media.item.amax(dim=1, keepdim=True)
+    columns = is_target.int().argsort(dim=1, stable=True)
+    context_rows, target = (_select_columns(media, some) for some in (columns[:, :-count], columns[:, -count:]))
+    context_batch = replace(batch, media=batch.media | {name: context_rows})
+    _, run = model.run_pass(context_batch, cache=cache, update=True, final=False)
+    # The last of these rows is the target's [BOI]; padding has the order -1.
+    begin = run.states[name].gather(
+        1, context_rows.rows.order.argmax(dim=1)[:, None, None].expand(-1, 1, model.backbone.hidden_size)
+    )
+
+    # Items are renumbered, since context pictures are no longer among them.
+    item = torch.arange(len(prompts), device=model.device)
+    target = replace(target, item=item[:, None].expand(-1, count).contiguous(), noised=item >= 0)
+    step = replace(batch, text=batch.text.none(), text_ids=batch.text_ids[:, :0])
+    return _Drawing(model=model, step=step, target=target, cache=cache, begin=begin, scale=scale)
 
 
 @dataclass(kw_only=True)
