@@ -163,11 +163,7 @@ def fill_tokens(model: Model, pictures: Seq[Media], texts: Seq[tuple[int, ...]])
     Returns:
         For each text, float32 ``[blanks, V]``.
     """
-    if "fill" not in model.capabilities:
-        raise XFusionError(
-            f"this model cannot fill, only {', '.join(sorted(model.capabilities))}: train one that learns masked words, such"
-            " as the recipe lxmert"
-        )
+    model.require("fill", "train one that learns masked words, such as the recipe lxmert")
     objective: Any = next(o for o in model.objectives if "fill" in o.gives)
     begin, log_probs = model.backbone.begin_ids, []
     for start in range(0, len(texts), base.BATCH):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from xfusion.data.sequence import Example, XFusionError
 from xfusion.data.sources import Source, content_fingerprint, open_source
+from xfusion.evaluation.abilities import refuse_unable
 from xfusion.evaluation.metrics import captions, naming, retrieval
 from xfusion.evaluation.metrics.blind import blind
 from xfusion.evaluation.metrics.psnr import not_white, psnr
@@ -85,10 +86,7 @@ def run(
     Raises:
         XFusionError: the model neither draws nor names, the source is empty, or the encoder is not installed.
     """
-    abilities = {"draw", "caption", "embed", "match"} & set(model.capabilities)
-    if not abilities:
-        able = ", ".join(sorted(model.capabilities))
-        raise XFusionError(f"this suite scores drawing and naming, but the model can only do: {able}")
+    refuse_unable(model, {"draw", "caption", "embed", "match"}, "scores drawing and naming")
     if candidates not in ("held", "all"):
         raise XFusionError(f"candidates is {candidates!r}: use 'held' or 'all'")
     source = open_source(source, split="train") if isinstance(source, str) else source
@@ -97,65 +95,48 @@ def run(
     if not choose_examples(source.examples, part=part):
         raise XFusionError(f"{source.spec}: none of {len(source.examples)} pictures falls into the part {part!r}")
     subject = Subject(model=model, size=size or model.image.sizes[0], batch_size=batch_size, progress=progress)
+    draws, names = "draw" in model.capabilities, bool(subject.methods)
+    held_set = held_out(held, source) if names or (draws and max_held_drawn) else None
     settings: dict[str, Any] = {"data": source.spec, "data_fingerprint": content_fingerprint(source)}
     settings |= {"size": subject.size, "part": part}
     metrics: dict[str, Any] = {"num_concepts": len(source.examples)}
 
-    if "draw" in abilities:
-        if features and encoder is None:
-            encoder = EfficientNetLite()
-        encoder_id = getattr(encoder, "fingerprint", type(encoder).__name__)
-        if features and is_teacher(encoder_id, getattr(model, "teachers", ())):
-            features = False
-            settings["features"] = f"none: the encoder {encoder_id[:16]} took part in training, it may not score"
-        drawn_indices = choose_examples(source.examples, max_drawn, part)
-        guidance = model.guidance if guidance is None else guidance
-        pictures = subject.draw(source, drawn_indices, seed=seed, steps=steps, guidance=guidance)
+    if draws:
+        if max_held_drawn and held_set is None:
+            raise XFusionError(f"max_held_drawn {max_held_drawn}: {source.spec} holds nothing out; name held pictures")
+        encoder, encoder_settings = _scorer(model, encoder) if features else (None, {"encoder": None})
         side = gallery_size or subject.size
-        scorer = encoder if features else None
-        gallery = _gallery(subject, source, side, scorer)
-        metrics |= _drawing_scores("fit", subject, gallery, drawn_indices, pictures, side, scorer)
-        psnr_all, psnr_content = (
-            psnr(gallery.reconstructed, gallery.real, mask) for mask in (None, not_white(gallery.real))
-        )
-        metrics["codec_psnr_db"] = psnr_all.clamp(max=LOSSLESS_DB).mean().item()
-        metrics["codec_psnr_not_white_db"] = psnr_content.nan_to_num(LOSSLESS_DB).clamp(max=LOSSLESS_DB).mean().item()
-        settings |= {
-            "gallery_size": side,
-            "seed": seed,
-            "steps": steps,
-            "guidance": guidance,
-            "num_drawn": len(drawn_indices),
-        }
-        settings["encoder"] = encoder_id if features else None
-        if max_held_drawn:
-            held = held_out(held, source)
-            if held is None:
-                raise XFusionError(
-                    f"max_held_drawn {max_held_drawn}: {source.spec} holds nothing out; name held pictures"
-                )
-            drawn_indices = choose_examples(held.examples, max_held_drawn, part)
-            settings["num_held_drawn"] = len(drawn_indices)
-            if drawn_indices:  # few held-out groups may all be of the other part
-                pictures = subject.draw(held, drawn_indices, seed=seed, steps=steps, guidance=guidance)
-                gallery = gallery.joined(_gallery(subject, held, side, scorer))
-                places = [len(source.examples) + i for i in drawn_indices]
-                metrics |= _drawing_scores("held", subject, gallery, places, pictures, side, scorer)
-
-    if "caption" in abilities:
-        scored = choose_examples(source.examples, max_captioned, part)
-        answers = subject.caption(source, scored, "caption")
-        wordings = captions.accepted([source.examples[i] for i in scored], source.examples)
-        metrics |= _answers("fit_caption", answers, wordings)
-        settings["num_captioned"] = len(scored)
-    if abilities & {"caption", "embed", "match"}:
-        held = held_out(held, source)
-        scored = choose_examples(held.examples, max_held, part) if held else []
-        if held and scored:
-            metrics |= _held_captions(subject, held, scored, source.examples if candidates == "all" else ())
-        settings |= {"held": held.spec if held else None, "num_held": len(scored), "candidates": candidates}
-        settings |= {"held_fingerprint": content_fingerprint(held)} if held else {}
+        drawing = {"seed": seed, "steps": steps, "guidance": model.guidance if guidance is None else guidance}
+        drawn = choose_examples(source.examples, max_drawn, part)
+        settings |= {"gallery_size": side, **drawing, "num_drawn": len(drawn), **encoder_settings}
+        held_drawn: list[int] = []
+        if max_held_drawn and held_set is not None:
+            held_drawn = choose_examples(held_set.examples, max_held_drawn, part)
+            settings["num_held_drawn"] = len(held_drawn)
+        metrics |= _drawing(subject, (source, drawn), (held_set, held_drawn), side, encoder, drawing)
+    if "caption" in model.capabilities:
+        captioned = choose_examples(source.examples, max_captioned, part)
+        metrics |= _fit_captions(subject, source, captioned)
+        settings["num_captioned"] = len(captioned)
+    if names:
+        named = choose_examples(held_set.examples, max_held, part) if held_set else []
+        if held_set and named:
+            metrics |= _held_names(subject, held_set, named, source.examples if candidates == "all" else ())
+        settings |= {"held": held_set and held_set.spec, "num_held": len(named), "candidates": candidates}
+        settings |= {"held_fingerprint": content_fingerprint(held_set)} if held_set else {}
     return {**metrics, "settings": settings}
+
+
+def _scorer(model: Any, encoder: Any) -> tuple[Any, dict[str, Any]]:
+    """The encoder of the feature metrics, by default EfficientNet-Lite0, and the settings that record it; None if the model was
+    trained with it.
+    """
+    encoder = EfficientNetLite() if encoder is None else encoder
+    encoder_id = getattr(encoder, "fingerprint", type(encoder).__name__)
+    if not is_teacher(encoder_id, getattr(model, "teachers", ())):
+        return encoder, {"encoder": encoder_id}
+    reason = f"none: the encoder {encoder_id[:16]} took part in training, it may not score"
+    return None, {"features": reason, "encoder": None}
 
 
 def choose_examples(examples: Sequence[Example], limit: int | None = None, part: Part = "all") -> list[int]:
@@ -204,7 +185,7 @@ class Subject:
         return tuple(method for method in ("caption", "embed", "match") if method in self.model.capabilities)
 
     def score_names(self, source: Source, indices: Sequence[int], names: list[str], method: str) -> Tensor:
-        """Scores [pictures, names] by one of `ways`: pointwise likelihoods, cosines, or how probably a pair matches."""
+        """Scores [pictures, names] by one of `methods`: pointwise likelihoods, cosines, or how probably a pair matches."""
         if method == "match":
             scores = [
                 self.model.match(source.picture(i, self.size), names)
@@ -294,6 +275,42 @@ def _gallery(subject: Subject, source: Source, side: int, encoder: Any) -> Galle
     return Gallery(real=real, reconstructed=reconstructed, views=views, groups=groups)
 
 
+def _drawing(
+    subject: Subject,
+    trained: tuple[Source, list[int]],
+    held: tuple[Source | None, list[int]],
+    side: int,
+    encoder: Any,
+    settings: dict[str, Any],
+) -> dict[str, float]:
+    """Scores of pictures drawn from the names of these trained and held-out examples, and of the codec on the trained ones.
+
+    ``side`` is the size of the gallery, and ``settings`` those of `Subject.draw`.
+    """
+    source, indices = trained
+    pictures = subject.draw(source, indices, **settings)
+    gallery = _gallery(subject, source, side, encoder)
+    metrics = _drawing_scores("fit", subject, gallery, indices, pictures, side, encoder) | _codec_scores(gallery)
+    held_source, held_indices = held
+    if held_source is not None and held_indices:  # few held-out groups may all be of the other part
+        pictures = subject.draw(held_source, held_indices, **settings)
+        gallery = gallery.joined(_gallery(subject, held_source, side, encoder))
+        places = [len(source.examples) + i for i in held_indices]
+        metrics |= _drawing_scores("held", subject, gallery, places, pictures, side, encoder)
+    return metrics
+
+
+def _codec_scores(gallery: Gallery) -> dict[str, float]:
+    """What the codec loses, in decibels."""
+    psnr_all, psnr_content = (
+        psnr(gallery.reconstructed, gallery.real, mask) for mask in (None, not_white(gallery.real))
+    )
+    return {
+        "codec_psnr_db": psnr_all.clamp(max=LOSSLESS_DB).mean().item(),
+        "codec_psnr_not_white_db": psnr_content.nan_to_num(LOSSLESS_DB).clamp(max=LOSSLESS_DB).mean().item(),
+    }
+
+
 def _drawing_scores(
     name: str,
     subject: Subject,
@@ -322,7 +339,13 @@ def _through_codec(image: Any, images: Tensor, size: int) -> Tensor:
     return image.decode(image.encode(images.to(image.device), size), size).float().cpu()
 
 
-def _held_captions(
+def _fit_captions(subject: Subject, source: Source, scored: Sequence[int]) -> dict[str, float]:
+    """Exact match and token F1 of the greedy answer to trained pictures, each beside its blind base rate."""
+    answers = subject.caption(source, scored, "caption")
+    return _answers("fit_caption", answers, captions.accepted([source.examples[i] for i in scored], source.examples))
+
+
+def _held_names(
     subject: Subject, held: Source, scored: Sequence[int], more_examples: Sequence[Example]
 ) -> dict[str, float]:
     """Rank of the true name, and exact match and token F1 of the greedy answer, each beside its blind base rate.

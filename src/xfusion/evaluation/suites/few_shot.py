@@ -16,6 +16,7 @@ from torch import Tensor
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import Source, content_fingerprint, open_source
 from xfusion.data.templates import question_text
+from xfusion.evaluation.abilities import refuse_unable
 from xfusion.evaluation.metrics import captions
 from xfusion.evaluation.metrics.blind import blind
 from xfusion.evaluation.suites.emoji import choose_examples
@@ -55,9 +56,7 @@ def run(
     Raises:
         XFusionError: the model cannot caption, nothing is held out, or there are too few groups or names for the examples.
     """
-    if "caption" not in model.capabilities:
-        able = ", ".join(sorted(model.capabilities))
-        raise XFusionError(f"this suite has pictures named, but the model can only do: {able}")
+    refuse_unable(model, {"caption"}, "has pictures named")
     source = open_source(source, split="train") if isinstance(source, str) else source
     held = held_out(held, source)
     scored = choose_examples(held.examples, max_held) if held else []

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from xfusion.data.boxes import Box, boxes_of, reference
 from xfusion.data.sequence import XFusionError
+from xfusion.evaluation.abilities import refuse_unable
 from xfusion.evaluation.metrics.blind import blind
 from xfusion.evaluation.metrics.clusters import interval
 from xfusion.evaluation.metrics.overlap import HIT, best_constant, overlap
@@ -107,9 +108,7 @@ def run(
     Raises:
         XFusionError: the model cannot caption, ``things`` and ``source`` do not fit together, or no scene is in the part.
     """
-    if "caption" not in model.capabilities:
-        able = ", ".join(sorted(model.capabilities))
-        raise XFusionError(f"this suite asks where things are in pictures, but the model can only do: {able}")
+    refuse_unable(model, {"caption"}, "asks where things are in pictures")
     if things not in ("drawn", "nlvr") or (things == "nlvr") != (source is not None):
         raise XFusionError(f"things {things!r} with source {source!r}: drawn has none, nlvr a parquet file")
     parts: tuple[Part, ...] = (asked_of,)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from xfusion.data.sequence import END_OF_MEDIA, Media, XFusionError
 from xfusion.data.sources import Source
+from xfusion.evaluation.abilities import refuse_unable
 from xfusion.evaluation.metrics.blind import PERMUTATIONS, blind
 from xfusion.evaluation.suites.emoji import Part
 from xfusion.evaluation.suites.retrieval import scored_sets
@@ -54,9 +55,7 @@ def run(
     Raises:
         XFusionError: the model cannot fill, or there is nothing to score.
     """
-    if "fill" not in model.capabilities:
-        able = ", ".join(sorted(model.capabilities))
-        raise XFusionError(f"this suite scores masked words, but the model can only do: {able}")
+    refuse_unable(model, {"fill"}, "scores masked words")
     metrics: dict[str, float] = {}
     sets, settings = scored_sets(source, held, max_fit, max_held, part)
     for name, (pictures, scored) in sets.items():

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import Source, content_fingerprint, open_source
+from xfusion.evaluation.abilities import refuse_unable
 from xfusion.evaluation.metrics import naming
 from xfusion.evaluation.suites.emoji import Part, choose_examples
 from xfusion.evaluation.unseen import held_out
@@ -53,9 +54,7 @@ def run(
     Raises:
         XFusionError: the model neither embeds nor matches, or there is nothing to score.
     """
-    if not {"embed", "match"} & set(model.capabilities):
-        able = ", ".join(sorted(model.capabilities))
-        raise XFusionError(f"this suite scores embedding and matching, but the model can only do: {able}")
+    refuse_unable(model, {"embed", "match"}, "scores embedding and matching")
     metrics: dict[str, float] = {}
     sets, settings = scored_sets(source, held, max_fit, max_held, part)
     for name, (pictures, scored) in sets.items():

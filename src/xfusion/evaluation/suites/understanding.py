@@ -35,6 +35,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from xfusion.data.sequence import XFusionError
+from xfusion.evaluation.abilities import refuse_unable
 from xfusion.evaluation.metrics.blind import blind
 from xfusion.evaluation.metrics.clusters import interval
 from xfusion.evaluation.metrics.naming import ranks
@@ -96,9 +97,7 @@ def run(
     Raises:
         XFusionError: the model cannot caption, ``questions`` and ``source`` do not fit together, or a part has no question.
     """
-    if "caption" not in model.capabilities:
-        able = ", ".join(sorted(model.capabilities))
-        raise XFusionError(f"this suite asks questions about pictures, but the model can only do: {able}")
+    refuse_unable(model, {"caption"}, "asks questions about pictures")
     if questions not in ("counting", "nlvr") or (questions == "nlvr") != (source is not None):
         raise XFusionError(f"questions {questions!r} with source {source!r}: counting has none, nlvr a parquet file")
     all_questions = counting(count, most, seed) if source is None else nlvr(Path(source), count, seed)
