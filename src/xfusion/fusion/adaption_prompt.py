@@ -258,8 +258,7 @@ class AdaptionPrompt(Outside):
                     media_mask[b, i, self._media_columns(run, b, i)] = True
             kv = self._prompts(index, frozen, states, call, run)
             block = self._block(index, frozen, kv, media_mask, PromptedByWord, run)
-        mask = run.mask("text", self.windows[index], of="text")
-        return states | {"text": run_rows(block, states["text"], run.calls(call)["text"], mask, [], [])[0]}
+        return states | self.words_alone_reference(index, block, call, run)
 
     def text_layer(self, index: int, frozen: nn.Module, x: Tensor, call: Call) -> Tensor:
         """A text-only layer: there is no prompt, and the tuned parts leave text unchanged."""

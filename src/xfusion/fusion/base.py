@@ -579,6 +579,24 @@ class Fusion(nn.Module):
         run.append(slot, index, *new_kv)
         return {"text": output}
 
+    def words_alone_reference(
+        self, index: int, block: nn.Module, call: Call, run: Pass, x: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """`words_alone` for reference paths: text through a whole block without cache; the arguments are as there."""
+        if "text" not in run.states:
+            return {}
+        x, mask = run.states["text"] if x is None else x, run.mask("text", self.windows[index], of="text")
+        return {"text": run_rows(block, x, run.calls(call)["text"], mask, [], [])[0]}
+
+    def frozen_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
+        """A layer without new modules: text reads all rows through the frozen layer; media states pass unchanged."""
+        return run.states | self.tower(0, index, frozen, {"text"}, call, run)
+
+    def frozen_reference(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
+        """`frozen_layer` for reference paths: the whole frozen layer, of whose output only text's is kept."""
+        new_states = self.whole(index, frozen, call, run)
+        return run.states | {owner: h for owner, h in new_states.items() if owner == "text"}
+
     def whole(
         self, index: int, block: nn.Module, call: Call, run: Pass, *, by_noise: bool = False
     ) -> dict[str, Tensor]:

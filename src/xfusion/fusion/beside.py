@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from xfusion.fusion.base import Call, Pass, WithoutBlocks
-from xfusion.layers import run_rows
 
 
 class Beside(WithoutBlocks):
@@ -45,7 +44,4 @@ class Beside(WithoutBlocks):
 
     def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
         """The frozen layer on text."""
-        if "text" not in run.states:
-            return run.states
-        mask = run.mask("text", self.windows[index], of="text")
-        return run.states | {"text": run_rows(frozen, run.states["text"], run.calls(call)["text"], mask, [], [])[0]}
+        return run.states | self.words_alone_reference(index, frozen, call, run)

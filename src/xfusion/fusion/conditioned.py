@@ -28,7 +28,7 @@ from xfusion.backbone import Backbone
 from xfusion.backbone.attention import choose_attention
 from xfusion.data.sequence import XFusionError
 from xfusion.fusion.base import Call, Pass, WithoutBlocks, compiled
-from xfusion.layers import KeysValues, attention_mask, grouped_attention, run_rows
+from xfusion.layers import KeysValues, attention_mask, grouped_attention
 from xfusion.modalities.port import TIME_FREQUENCIES, sinusoids
 
 
@@ -226,10 +226,7 @@ class Conditioned(WithoutBlocks):
 
     def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
         """Each picture by itself with the text before it."""
-        states = dict(run.states)
-        if "text" in states:
-            mask = run.mask("text", self.windows[index], of="text")
-            states["text"] = run_rows(frozen, states["text"], run.calls(call)["text"], mask, [], [])[0]
+        states = run.states | self.words_alone_reference(index, frozen, call, run)
         if index != self.state_layers[0] or not run.media:
             return states
         media, x = run.media_rows[run.media], states[run.media].clone()

@@ -37,7 +37,7 @@ from xfusion.data.sequence import XFusionError
 from xfusion.fusion.base import Call, Pass, compiled
 from xfusion.fusion.connectors.resampler import Activated
 from xfusion.fusion.outside import Outside
-from xfusion.layers import KeysValues, run_rows
+from xfusion.layers import KeysValues
 
 
 class GatedLinearUnit(nn.Module):
@@ -178,12 +178,11 @@ class CrossAttention(Outside):
 
     def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
         """Each text token by itself over the rows that it reads; then the frozen layer on text alone."""
-        block, states = self.block(index, frozen), dict(self.with_rows(index, run, reference=True))
+        block, states = self.block(index, frozen), self.with_rows(index, run, reference=True)
         if "text" not in states:
             return states
         x = self._token_by_token(block, states, run) if block is not None else states["text"]
-        mask = run.mask("text", self.windows[index], of="text")
-        return states | {"text": run_rows(frozen, x, run.calls(call)["text"], mask, [], [])[0]}
+        return states | self.words_alone_reference(index, frozen, call, run, x)
 
     def _token_by_token(self, block: GatedCrossAttention, states: dict[str, Tensor], run: Pass) -> Tensor:
         """The equation for one token at a time, ``[B, n, D]``; the rows that a token reads are looked up in the tables."""

@@ -43,7 +43,7 @@ class GatedTower(Fusion):
         """Both blocks for every row; the gated one computes text only if some of it comes after a picture."""
         block = self.block(index, frozen)
         if block is None:
-            return run.states | self.tower(0, index, frozen, {"text"}, call, run)
+            return self.frozen_layer(index, frozen, call, run)
         frozen_states = self.tower(0, index, frozen, run.states, call, run)
         gated_owners = {o for o in run.rows if o != "text" or run.has_rows_after_media(o)}
         gated_states = self.tower(1, index, block, gated_owners, call, run, by_noise=True)
@@ -62,7 +62,8 @@ class GatedTower(Fusion):
 
     def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
         """Both whole blocks over the whole sequence, added."""
-        block, frozen_states = self.block(index, frozen), self.whole(index, frozen, call, run)
+        block = self.block(index, frozen)
         if block is None:
-            return run.states | {o: h for o, h in frozen_states.items() if o == "text"}
+            return self.frozen_reference(index, frozen, call, run)
+        frozen_states = self.whole(index, frozen, call, run)
         return self._add_gated(index, run, frozen_states, self.whole(index, block, call, run, by_noise=True))

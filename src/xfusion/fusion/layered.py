@@ -120,13 +120,13 @@ class Layered(Fusion):
         """Computed by the mechanism that owns the layer."""
         if index in self.owner:
             return self.owner[index].layer(index, frozen, call, run)
-        return run.states | self.tower(0, index, frozen, {"text"}, call, run)
+        return self.frozen_layer(index, frozen, call, run)
 
     def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
         """The reference path of the mechanism that owns the layer."""
         if index in self.owner:
             return self.owner[index].reference_layer(index, frozen, call, run)
-        return run.states | {o: h for o, h in self.whole(index, frozen, call, run).items() if o == "text"}
+        return self.frozen_reference(index, frozen, call, run)
 
     def text_layer(self, index: int, frozen: nn.Module, x: Tensor, call: Call) -> Tensor:
         """The text-only layer of the mechanism that owns the layer."""

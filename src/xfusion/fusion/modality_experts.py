@@ -247,7 +247,7 @@ class ModalityExperts(Fusion):
         """Fast path: each position uses only its own weights; one set of keys and values in slot 0."""
         expert = self.block(index, frozen)
         if expert is None:
-            return run.states | self.tower(0, index, frozen, {"text"}, call, run)
+            return self.frozen_layer(index, frozen, call, run)
         frozen = self.words(index, frozen)
         calls, window, name = run.calls(call), self.windows[index], run.media
         states = run.inputs(index)
@@ -280,8 +280,7 @@ class ModalityExperts(Fusion):
     def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
         """The whole frozen layer, in which each unshared part is computed with both weights and selected by position."""
         if str(index) not in self.blocks:
-            frozen_states = self.whole(index, frozen, call, run)
-            return run.states | {o: h for o, h in frozen_states.items() if o == "text"}
+            return self.frozen_reference(index, frozen, call, run)
         is_own = torch.cat([self._own_rows_mask(owner, run) for owner in run.rows], dim=1)
         own_parts: Any = self.blocks[str(index)]
         routed = {path: Routed(part, is_own) for path, part in parts_from_module(own_parts).items()}

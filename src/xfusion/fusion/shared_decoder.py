@@ -37,14 +37,15 @@ class SharedDecoder(Fusion):
         """The trained block over all rows at once."""
         block = self.block(index, frozen)
         if block is None:
-            return run.states | self.tower(0, index, frozen, {"text"}, call, run)
+            return self.frozen_layer(index, frozen, call, run)
         return self.tower(0, index, block, run.states, call, run, by_noise=True)
 
     def reference_layer(self, index: int, frozen: nn.Module, call: Call, run: Pass) -> dict[str, Tensor]:
         """The whole block over the whole sequence."""
         block = self.block(index, frozen)
-        new_states = self.whole(index, block or frozen, call, run, by_noise=block is not None)
-        return new_states if block is not None else run.states | {o: h for o, h in new_states.items() if o == "text"}
+        if block is None:
+            return self.frozen_reference(index, frozen, call, run)
+        return self.whole(index, block, call, run, by_noise=True)
 
     def text_layer(self, index: int, frozen: nn.Module, x: Tensor, call: Call) -> Tensor:
         """A text-only layer: the trained block if there is one, else the frozen layer."""
