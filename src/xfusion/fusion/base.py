@@ -138,11 +138,6 @@ class Pass:
         ]
         return modulated(block, torch.cat(rows, dim=1))
 
-    def has_rows_after_media(self, owner: str) -> bool:
-        """Whether new modules act on any of an owner's rows; assumed True on meta tensors."""
-        after_media = self.after_media(owner)
-        return after_media.is_meta or bool(after_media.any())
-
     def keys(self, of: Literal["text", "media"] | None = None) -> Rows:
         """Tables of the keys [cache | text | media ...]; ``of`` restricts them to text or media, cached ones included."""
         tables = [table for name, table in self.rows.items() if of is None or (name == "text") == (of == "text")]

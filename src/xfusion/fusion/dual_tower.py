@@ -248,7 +248,7 @@ class DualTower(Fusion):
         if block is None:
             return new_states
         # Mixing acts only on text after a picture: if no text reads one, the other tower has nothing to add.
-        mixes_text = text_mix is not None and "text" in run.states and run.has_rows_after_media("text")
+        mixes_text = text_mix is not None and "text" in run.states and run.text_reads_media
         media_tower_states = self.tower(
             1, index, block, run.states if mixes_text else media_owners, call, run, by_noise=True
         )

@@ -45,7 +45,7 @@ class GatedTower(Fusion):
         if block is None:
             return self.frozen_layer(index, frozen, call, run)
         frozen_states = self.tower(0, index, frozen, run.states, call, run)
-        gated_owners = {o for o in run.rows if o != "text" or run.has_rows_after_media(o)}
+        gated_owners = {o for o in run.rows if o != "text" or run.text_reads_media}
         gated_states = self.tower(1, index, block, gated_owners, call, run, by_noise=True)
         return run.states | frozen_states | self._add_gated(index, run, frozen_states, gated_states)
 
