@@ -487,7 +487,14 @@ class Model(nn.Module):
         Returns:
             final states ``[B, S, D]`` after the decoder's last norm, sorted by owner (``[B, 0, D]`` unless ``final``), and the
             pass.
+
+        Raises:
+            XFusionError: looked-up text is to be appended to the cache; not every layer has its states.
         """
+        if cached_text is not None and update:
+            raise XFusionError(
+                "cached_text with update: looked-up text has no keys and values to append, leave one out"
+            )
         engine, rows, states = self._engine, {}, {}
         if batch.text.count:
             rows["text"] = batch.text

@@ -26,7 +26,7 @@ from contracts.table import (
 )
 
 from xfusion.data.pack import pack
-from xfusion.data.sequence import Batch, MediaRows, Rows, Sequence
+from xfusion.data.sequence import Batch, MediaRows, Rows, Sequence, XFusionError
 
 FLOAT32, FLOAT64 = 2e-5, 1e-9
 """Largest differences: logits of these models lie within 6, predictions within 4."""
@@ -196,6 +196,15 @@ def test_looked_up_text_states_give_the_same_drawing(bases, fusion, family):
             found = model.port.readout(model.run_pass(batch, cached_text=given)[1].states["image"])
             torch.testing.assert_close(found[real], whole[real], rtol=0, atol=FLOAT32)
     assert len(model.engine.text_states) == 3
+
+
+@torch.no_grad()
+def test_looked_up_text_is_never_appended_to_a_cache(bases):
+    model = make_model(bases["llama"])
+    batch = view([[SEQUENCES["picture behind words"]]], model)
+    cache, given = model.backbone.new_cache(model.fusion.num_towers, 1), model.cached_text_states(batch)
+    with pytest.raises(XFusionError, match="cached_text with update: looked-up text has no keys and values to append"):
+        model.run_pass(batch, cache=cache, update=True, cached_text=given)
 
 
 @torch.no_grad()

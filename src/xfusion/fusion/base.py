@@ -558,16 +558,9 @@ class Fusion(nn.Module):
         Returns:
             ``{"text": new states}``, or an empty dict if no text is computed.
         """
-        if "text" not in run.states:
+        if "text" not in run.states or run.cached_text is not None:
             return {}
-        text_call = run.calls(call)["text"]
-        if run.cached_text is not None and not run.appends:
-            # Cached text is not recomputed, and is available only at the layers that read it.
-            return {}
-        x = run.inputs(index)["text"] if x is None else x
-        if run.cached_text is not None:
-            run.append(slot, index, keys_values(block, x, text_call))
-            return {}
+        text_call, x = run.calls(call)["text"], run.states["text"] if x is None else x
         past, compute_rows = run.past(slot, index), compiled(tower_rows) if run.compiled else tower_rows
         mask = run.mask("text", self.windows[index], of="text")
         output, new_kv = compute_rows(block, x, text_call, block, None, {}, past, mask, True, run.appends)
