@@ -7,6 +7,7 @@ Shape legend: ``B`` batch row, ``n`` media rows, ``P`` width of a media token, `
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +17,29 @@ from xfusion.modalities.port import MediaPort
 
 
 class Connector(MediaPort):
-    """Feature inputs between trainable [BOI] and [EOI]; no noise level, no position embeddings of its own, no readout."""
+    """Feature inputs between trainable [BOI] and [EOI]; no noise level, no position embeddings of its own, no readout.
+
+    The ``Config`` of a subclass builds it.
+    """
 
     @dataclass(frozen=True, kw_only=True)
     class Config(MediaPort.Config):
         """How many features a token holds."""
 
+        connector: ClassVar[type[Connector]]
+        """The class that it builds."""
         cells: int = 1
         """Features per token: the image modality's `patch_width`, for a `patch` of 1."""
+
+        def build(self, width: int, token_width: int, scale: float, num_layers: int) -> Connector:
+            """The connector of a model."""
+            del num_layers
+            return self.connector(self, width, token_width, scale)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "Config" in vars(cls):
+            cls.Config.connector = cls
 
     def __init__(self, config: Config, width: int, token_width: int, scale: float):
         nn.Module.__init__(self)  # a model that only reads media needs neither noise levels nor a head

@@ -18,11 +18,6 @@ class Linear(Connector):
     class Config(Connector.Config):
         """No further settings."""
 
-        def build(self, width: int, token_width: int, scale: float, num_layers: int) -> Linear:
-            """The connector of a model."""
-            del num_layers
-            return Linear(self, width, token_width, scale)
-
     def __init__(self, config: Config, width: int, token_width: int, scale: float):
         super().__init__(config, width, token_width, scale)
         self.project = nn.Linear(token_width, width)

@@ -19,11 +19,6 @@ class MLP(Connector):
     class Config(Connector.Config):
         """No further settings."""
 
-        def build(self, width: int, token_width: int, scale: float, num_layers: int) -> MLP:
-            """The connector of a model."""
-            del num_layers
-            return MLP(self, width, token_width, scale)
-
     def __init__(self, config: Config, width: int, token_width: int, scale: float):
         super().__init__(config, width, token_width, scale)
         self.into, self.out = nn.Linear(token_width, width), nn.Linear(width, width)

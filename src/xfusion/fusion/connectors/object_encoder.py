@@ -40,11 +40,6 @@ class ObjectEncoder(Connector):
         mlp: int = 1024
         """Width of the feed-forward networks."""
 
-        def build(self, width: int, token_width: int, scale: float, num_layers: int) -> ObjectEncoder:
-            """The connector of a model."""
-            del num_layers
-            return ObjectEncoder(self, width, token_width, scale)
-
     def __init__(self, config: Config, width: int, token_width: int, scale: float):
         super().__init__(config, width, token_width, scale)
         inner = config.inner_width

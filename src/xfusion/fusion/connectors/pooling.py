@@ -18,11 +18,6 @@ class Pooling(Connector):
     class Config(Connector.Config):
         """No further settings; `cells` counts all features of a token, including those of a square patch."""
 
-        def build(self, width: int, token_width: int, scale: float, num_layers: int) -> Pooling:
-            """The connector of a model."""
-            del num_layers
-            return Pooling(self, width, token_width, scale)
-
     def __init__(self, config: Config, width: int, token_width: int, scale: float):
         super().__init__(config, width, token_width, scale)
         self.project = nn.Linear(self.feature_width, width)

@@ -56,11 +56,6 @@ class PositionalResampler(Connector):
         heads: int = 4
         """Attention heads."""
 
-        def build(self, width: int, token_width: int, scale: float, num_layers: int) -> PositionalResampler:
-            """The connector of a model."""
-            del num_layers
-            return PositionalResampler(self, width, token_width, scale)
-
     key_places: Tensor
     query_places: Tensor
 

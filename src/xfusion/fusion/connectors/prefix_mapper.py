@@ -58,11 +58,6 @@ class PrefixMapper(Connector):
         mlp: int = 2
         """Hidden width of the MLP, as a multiple of the model's width."""
 
-        def build(self, width: int, token_width: int, scale: float, num_layers: int) -> PrefixMapper:
-            """The connector of a model."""
-            del num_layers
-            return PrefixMapper(self, width, token_width, scale)
-
     def __init__(self, config: Config, width: int, token_width: int, scale: float):
         super().__init__(config, width, token_width, scale)
         if width % config.heads:

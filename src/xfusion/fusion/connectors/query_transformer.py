@@ -160,11 +160,6 @@ class Queries(Connector):
         """Whether words may stand beside the queries (`Queries.read`): they have feed-forward networks of their own, which are
         trained by `xfusion.objectives.query_pretraining`."""
 
-        def build(self, width: int, token_width: int, scale: float, num_layers: int) -> Queries:
-            """The connector of a model."""
-            del num_layers
-            return Queries(self, width, token_width, scale)
-
     def __init__(self, config: Config, width: int, token_width: int, scale: float):
         super().__init__(config, width, token_width, scale)
         self.query_width, self.reads_words = config.query_width, config.words
