@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import weakref
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -756,6 +757,35 @@ def test_a_failing_job_takes_no_other_of_its_batch_with_it(caplog):
     batches.close(5)
     with pytest.raises(Refused, match="stopping"):
         batches.put(jobs)
+
+
+def test_what_a_failed_batch_held_is_let_go_before_its_jobs_are_computed_one_by_one():
+    """Else the caches of a batch that ran out of memory take it from the jobs that are tried again."""
+
+    class Held:
+        """Stands for the caches of a batch."""
+
+    class Work:
+        batchable = True
+
+        def run(self, jobs):
+            alive.append([reference() is not None for reference in held])
+            caches = Held()
+            held.append(weakref.ref(caches))
+            raise XFusionError(f"{len(jobs)} do not fit")
+
+    held, alive, ended, work = [], [], threading.Semaphore(0), Work()
+    settings = {"work": work, "inputs": None, "seed": 0, "index": 0, "notify": lambda job, new: ended.release()}
+    jobs = [Job(words=TextStream(lambda ids: ""), **settings) for _ in range(3)]
+    batches = Batches(queue=4, batch=4)
+    batches.put(jobs)
+    batches.start()
+    for _ in jobs:
+        assert ended.acquire(timeout=20)
+    assert alive == [[], [False], [False] * 2, [False] * 3]
+    until(lambda: not batches.running)
+    assert [str(job.error) for job in jobs] == ["1 do not fit"] * 3 and held[-1]() is None
+    batches.close(5)
 
 
 @pytest.mark.parametrize("in_time", [True, False])

@@ -358,19 +358,21 @@ class Batches:
         except _Abandoned:
             return
         except Exception as error:  # whatever it is, clients must be notified and the next batch must run
-            if len(jobs) > 1 and not any(job.words.ids for job in jobs):
-                log.warning("a batch of %d failed and is computed one by one: %r", len(jobs), error)
-                for job in jobs:  # one job must not fail the others
-                    job.num_drawn = 0
-                    self._run([job])
+            if len(jobs) == 1 or any(job.words.ids for job in jobs):
+                if not isinstance(error, XFusionError):
+                    log.exception("a batch of %d failed", len(jobs))
+                for job in jobs:
+                    job.end(error=error.with_traceback(None))  # its frames hold the caches of the batch
                 return
-            if not isinstance(error, XFusionError):
-                log.exception("a batch of %d failed", len(jobs))
-            for job in jobs:
-                job.end(error=error)
+            log.warning("a batch of %d failed and is computed one by one: %s", len(jobs), repr(error))
+        else:
+            for job, answer in zip(jobs, answers or (), strict=answers is not None):
+                job.end(answer)
             return
-        for job, answer in zip(jobs, answers or (), strict=answers is not None):
-            job.end(answer)
+        # Behind the handler, since as long as the error lives so do the caches of the batch, which may have run out of memory.
+        for job in jobs:  # one job must not fail the others
+            job.num_drawn = 0
+            self._run([job])
 
 
 def stopping() -> Refused:
