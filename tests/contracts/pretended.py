@@ -1,4 +1,5 @@
-"""A device that computes on the CPU and refuses what a GPU would: an operation on tensors of two devices.
+"""A device that computes on the CPU and refuses what a GPU would: an operation on tensors of two devices and, as Apple's GPUs
+do, float64.
 
 Tensors on it hold CPU tensors, and say that they lie elsewhere. What a GPU allows beside its own tensors is allowed: scalars,
 indices on the CPU, and copies. It finds code that forgets a device; kernels, precision and speed of a GPU it cannot show.
@@ -45,6 +46,8 @@ class Elsewhere(Tensor):
         return Tensor._make_wrapper_subclass(cls, content.shape, *layout, dtype=content.dtype, device="cpu")  # type: ignore[attr-defined]
 
     def __init__(self, content: Tensor):
+        if content.dtype == torch.float64:
+            raise TypeError("an Apple GPU has no float64: copy to the CPU first")
         self.content = content.detach()
 
     @property

@@ -24,10 +24,13 @@ from xfusion.backbone import Backbone
 from xfusion.backbone.attention import ATTENTIONS
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.pack import pack
+from xfusion.evaluation.metrics.clusters import interval
+from xfusion.evaluation.metrics.retrieval import first_hit
 from xfusion.evaluation.run import evaluate
-from xfusion.evaluation.verify import verify
+from xfusion.evaluation.verify import text_keeping, verify
 from xfusion.generation import draw_tokens
 from xfusion.model import Model
+from xfusion.objectives.codes import NextCode
 from xfusion.training.loop import train
 from xfusion.training.stages import Recipe, Stage
 
@@ -78,6 +81,10 @@ def test_the_pretended_device_refuses_what_a_gpu_refuses(monkeypatch):
                 mix()
         with pytest.raises(TypeError, match="copy it to the CPU first"):
             there.numpy()
+        for wide in (there.double, lambda: torch.zeros(2, dtype=torch.float64, device=PRETENDED)):
+            with pytest.raises(TypeError, match="no float64: copy to the CPU first"):
+                wide()
+        assert there.cpu().double().dtype == torch.float64
         for fine in (
             there * 2,
             there[torch.tensor([0, 2])],
@@ -92,7 +99,7 @@ def test_the_pretended_device_refuses_what_a_gpu_refuses(monkeypatch):
 
 def test_the_proof_on_another_device(bases, monkeypatch):
     model = make_model(bases["llama"])
-    expected = [(check["name"], check["passed"]) for check in verify(model)["checks"]]
+    expected, kept = [(check["name"], check["passed"]) for check in verify(model)["checks"]], text_keeping(model)
     with one_more_device(monkeypatch):
         other = Model(model.config, moved(model.backbone)).eval()
         other.load_state_dict({name: weight.to(PRETENDED) for name, weight in model.state_dict().items()}, strict=False)
@@ -100,7 +107,23 @@ def test_the_proof_on_another_device(bases, monkeypatch):
             Backbone, "fresh", lambda base: base.model
         )  # transformers cannot load to the pretended device
         found = [(check["name"], check["passed"]) for check in verify(other)["checks"]]
+        assert text_keeping(other) == pytest.approx(kept)
     assert len(expected) > 4 and found == expected and all(passed for _, passed in found)
+
+
+def test_float64_is_of_the_cpu_where_a_device_has_none(monkeypatch):
+    """Apple's GPUs. What is chosen and scored is what the CPU chooses and scores."""
+    generator = torch.Generator().manual_seed(0)
+    scores, noise = torch.randn(3, 2 * 8, generator=generator), torch.randn(3, 2, generator=generator)
+    codes, real = NextCode.Config().build(), torch.randn(8, 4, generator=generator)
+    groups, target = list("aabbccdd"), torch.arange(8)
+    expected = codes.choose(scores, noise), first_hit(real.flip(0), real, target, groups), interval(real[:, 0], groups)
+    with one_more_device(monkeypatch):
+        scores, noise, other = (t.to(PRETENDED) for t in (scores, noise, real))
+        chosen = codes.choose(scores, noise)
+        assert chosen.device == PRETENDED and torch.equal(chosen.cpu(), expected[0])
+        assert torch.equal(first_hit(other.flip(0), other, target, groups), expected[1])
+        assert interval(other[:, 0], groups) == expected[2]
 
 
 def test_conversations_and_suites_on_another_device(bases, monkeypatch):

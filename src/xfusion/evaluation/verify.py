@@ -166,7 +166,8 @@ def text_keeping(model: Model) -> dict[str, float | bool]:
         equal = equal and bit_equal(logits["base"], logits["fused"])
         num_tokens += ids.shape[1] - 1
         for stack, stack_logits in logits.items():
-            losses[stack] += float(cross_entropy(stack_logits[0, :-1].double(), ids[0, 1:], reduction="sum"))
+            nats = cross_entropy(_in_float64(stack_logits[0, :-1]), ids[0, 1:].cpu(), reduction="sum")
+            losses[stack] += float(nats)
     base, fused = (math.exp(min(losses[stack] / max(num_tokens, 1), 700.0)) for stack in ("base", "fused"))
     return {
         "text_bit_equal": equal,
@@ -269,6 +270,11 @@ def _perplexity(model: Model, stack: Any) -> float:
     return math.exp(cross_entropy(logits, ids[0, 1:]).item())
 
 
+def _in_float64(logits: Tensor) -> Tensor:
+    """Logits in float64 on the CPU: Apple's GPUs have none."""
+    return logits.cpu().double()
+
+
 def bit_equal(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors have the same shape, type and bits; unlike `torch.equal`, NaN equals itself and -0 is not 0."""
     if first.shape != second.shape or first.dtype != second.dtype:
@@ -330,7 +336,7 @@ def _compare(
 
 
 def _largest_difference(first: Tensor, second: Tensor) -> float:
-    return float((first.double() - second.double()).abs().max()) if first.shape == second.shape else math.inf
+    return float((_in_float64(first) - _in_float64(second)).abs().max()) if first.shape == second.shape else math.inf
 
 
 def _before_a_picture(
@@ -354,8 +360,8 @@ def _before_a_picture(
             rows = batch.media[media.name]
             batch = batch.with_media(media.name, tokens=rows.tokens.to(dtype), time=rows.time.to(dtype))
             hidden, run = model.run_pass(batch)
-            logits = model.backbone.logits(hidden[:, run.slices["text"]][:, : len(words)]).double()
-            base_logits = base.logits.double()
+            logits = _in_float64(model.backbone.logits(hidden[:, run.slices["text"]][:, : len(words)]))
+            base_logits = _in_float64(base.logits)
             scale = float(base_logits.abs().max())
             worst = max(worst, float((logits - base_logits).abs().max()) / scale)
             top = base_logits.topk(2, dim=-1).values

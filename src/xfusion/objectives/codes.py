@@ -144,13 +144,15 @@ class NextCode(Objective):
     def choose(self, logits: Tensor, noise: Tensor) -> Tensor:
         """Sample codes ``[N, P]`` from scores ``[N, P * K]`` by inverse CDF: the noise, mapped to (0, 1) by the normal CDF,
         picks a code from the cumulative probabilities. The noise ``[N, P]`` is the only randomness.
+
+        Probabilities are float64, and so on the CPU: Apple's GPUs have none.
         """
         logits = logits.unflatten(-1, (noise.shape[-1], -1))
         if not self.config.temperature:
             return logits.argmax(-1)
-        cumulative = (logits.double() / self.config.temperature).softmax(-1).cumsum(-1)
-        quantile = torch.special.ndtr(noise.double())[..., None]
-        return (cumulative < quantile).sum(-1).clamp(max=logits.shape[-1] - 1)
+        cumulative = (logits.cpu().double() / self.config.temperature).softmax(-1).cumsum(-1)
+        quantile = torch.special.ndtr(noise.cpu().double())[..., None]
+        return (cumulative < quantile).sum(-1).clamp(max=logits.shape[-1] - 1).to(logits.device)
 
     def sample(
         self,

@@ -50,7 +50,7 @@ def fit(model: Any, examples: Seq[Request], *, progress: Callable[[str, int, int
 
 def _logistic(layer: nn.Linear, states: Tensor, labels: Tensor) -> None:
     """Fit one row to states ``[n, D]`` and labels of 0 or 1 ``[n]``; the problem is convex, so there is no seed."""
-    states, labels = states.double().cpu(), labels.double()
+    states, labels = states.cpu().double(), labels.double()
     mean, deviation = states.mean(dim=0), states.std(dim=0).clamp(min=1e-6)
     standardised = (states - mean) / deviation
     weight = torch.zeros(states.shape[1] + 1, dtype=torch.float64, requires_grad=True)

@@ -160,12 +160,12 @@ class Optimizer:
 
 
 def _square_sum(gradients: list[Tensor]) -> Tensor:
-    """Sum of the squares of all elements, float64. A dot product reads them once at full memory bandwidth, which torch's norm
-    of a tensor does not reach on a CPU (docs/speed.md).
+    """Sum of the squares of all elements, float64, on the CPU. A dot product reads them once at full memory bandwidth, which
+    torch's norm of a tensor does not reach on a CPU (docs/speed.md). Apple's GPUs have no float64.
     """
     if not gradients:
         return torch.zeros((), dtype=torch.float64)
-    return torch.stack([torch.dot(g.reshape(-1), g.reshape(-1)) for g in gradients]).double().sum()
+    return torch.stack([torch.dot(g.reshape(-1), g.reshape(-1)) for g in gradients]).cpu().double().sum()
 
 
 def _shard_of(parameter: nn.Parameter) -> nn.Parameter:

@@ -41,7 +41,7 @@ def interval(values: Tensor, clusters: Sequence[Hashable], *, seed: int = 0) -> 
     """
     cluster_ids: dict[Hashable, int] = {}
     cluster_index = torch.tensor([cluster_ids.setdefault(cluster, len(cluster_ids)) for cluster in clusters])
-    total = torch.zeros(len(cluster_ids), dtype=torch.float64).index_add(0, cluster_index, values.double().cpu())
+    total = torch.zeros(len(cluster_ids), dtype=torch.float64).index_add(0, cluster_index, values.cpu().double())
     count = torch.zeros(len(cluster_ids), dtype=torch.float64).index_add(
         0, cluster_index, torch.ones_like(cluster_index).double()
     )

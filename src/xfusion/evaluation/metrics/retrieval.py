@@ -55,7 +55,7 @@ def first_hit(
     Ties are pessimistic: non-members as close as the best member rank before it, so a model that draws the same picture
     everywhere gains nothing. A picture that is not finite is infinitely far from everything.
     """
-    drawn, gallery, target = drawn.flatten(1).double().cpu(), gallery.flatten(1).double().cpu(), target.cpu()
+    drawn, gallery, target = drawn.flatten(1).cpu().double(), gallery.flatten(1).cpu().double(), target.cpu()
     _check(drawn, gallery, target, groups)
     if distance == "cosine":
         drawn, gallery = F.normalize(drawn, dim=-1), F.normalize(gallery, dim=-1)

@@ -162,8 +162,10 @@ class _Stacks:
         logits = {stack: self.model.text_logits(row, stack=stack)[0] for stack in STACKS}
         self.equal = self.equal and bit_equal(*logits.values())
         labels = row[0, -count:]
-        # In float64, and only where a token is scored: a vocabulary is wide.
-        scored = {stack: values[-count - 1 : -1].double() for stack, values in logits.items()}
+        # In float64, which Apple's GPUs lack, and only where a token is scored: a vocabulary is wide.
+        place = torch.device("cpu") if row.device.type == "mps" else row.device
+        labels = labels.to(place)
+        scored = {stack: values[-count - 1 : -1].to(place).double() for stack, values in logits.items()}
         log_probs = {
             stack: values.log_softmax(dim=-1).gather(1, labels[:, None])[:, 0].cpu() for stack, values in scored.items()
         }
