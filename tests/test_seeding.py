@@ -36,6 +36,24 @@ def test_no_device_is_seeded_that_is_not_put_back(bases, monkeypatch):
     assert len(others) >= 1
 
 
+def test_an_apple_gpu_that_is_named_has_its_seed_and_goes_on_where_it_was(monkeypatch):
+    """Its own generator, for which one of the CPU stands here."""
+    generator = torch.Generator().manual_seed(1)
+    for name in ("manual_seed", "get_rng_state", "set_rng_state"):
+        of_generator = name.replace("rng_", "")
+        monkeypatch.setattr(torch.mps, name, getattr(generator, of_generator))
+    state = generator.get_state()
+    with seeded(5):
+        assert torch.equal(generator.get_state(), state)
+    with seeded(5, "mps"):
+        found = torch.randn(4, generator=generator)
+    assert torch.equal(found, torch.randn(4, generator=torch.Generator().manual_seed(5)))
+    assert torch.equal(generator.get_state(), state)
+    with pytest.raises(RuntimeError), seeded(5, "mps"):
+        raise RuntimeError
+    assert torch.equal(generator.get_state(), state)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here to draw numbers on")
 def test_a_gpu_that_is_named_has_its_seed_and_goes_on_where_it_was():
     torch.cuda.manual_seed(1)

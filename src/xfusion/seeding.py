@@ -10,8 +10,8 @@ import torch
 
 @contextmanager
 def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Inside the ``with`` block torch's CPU generator, and that of a CUDA device, start at a seed; afterwards they go on where
-    they were.
+    """Inside the ``with`` block torch's CPU generator, and that of a GPU (CUDA or Apple's), start at a seed; afterwards they go
+    on where they were.
 
     `torch.manual_seed` would seed every device, and `torch.random.fork_rng` restores only the devices that it is given.
 
@@ -25,4 +25,13 @@ def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
         if device.type == "cuda":
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
-        yield
+        before = (
+            torch.mps.get_rng_state() if device.type == "mps" else None
+        )  # `fork_rng` knows no generator without an index
+        try:
+            if before is not None:
+                torch.mps.manual_seed(seed)
+            yield
+        finally:
+            if before is not None:
+                torch.mps.set_rng_state(before)
