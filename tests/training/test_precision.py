@@ -20,6 +20,19 @@ def test_a_processor_with_bfloat16_and_no_tiles_is_asked_which_is_faster(monkeyp
     assert choose_compute_dtype(torch.device("cpu"))[0] == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    ("native", "dtype", "reason"),
+    [
+        (True, torch.bfloat16, "bfloat16: the GPU multiplies it natively"),
+        (False, torch.float32, "float32: the GPU has no native bfloat16"),
+    ],
+)
+def test_a_gpu_that_only_emulates_bfloat16_computes_in_float32(monkeypatch, native, dtype, reason):
+    """Turing's do, several times slower than in float32, and torch says that they support it."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    assert choose_compute_dtype(torch.device("cuda")) == (dtype, reason)
+
+
 def test_float16_is_refused_in_one_line():
     assert check_compute_dtype(torch.float32) == torch.float32 and check_compute_dtype(torch.bfloat16) == torch.bfloat16
     with pytest.raises(

@@ -33,9 +33,9 @@ def choose_compute_dtype(device: torch.device) -> tuple[torch.dtype, str]:
     of float32; others, whose tiles a virtual machine hides, at half of it.
     """
     if device.type == "cuda":
-        if torch.cuda.is_bf16_supported():
+        if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "bfloat16: the GPU multiplies it natively"
-        return torch.float32, "float32: the GPU has no bfloat16"
+        return torch.float32, "float32: the GPU has no native bfloat16"
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
         from torch import cpu
 
