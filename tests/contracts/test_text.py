@@ -1,6 +1,7 @@
 """Contract: the frozen model is never touched, and text comes out of the fused stack bit for bit."""
 
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -17,8 +18,11 @@ from contracts.table import (
     on_every_family,
     randomise,
     rows,
+    tokenizer,
     view,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import xfusion.fusion.base as fusion_base
 from xfusion.backbone import Backbone
@@ -197,6 +201,46 @@ def test_a_working_copy_for_training_is_not_the_base(bases, family):
     copied = dict(copy.model.named_buffers())
     for name, table in tables.items():  # in bfloat16 a far word would be turned by another angle
         assert copied[name].dtype == torch.float32 and torch.equal(copied[name], table)
+
+
+def test_a_working_copy_never_holds_the_weights_a_second_time_in_their_own_type(bases):
+    """A base of half a GPU's memory would not fit beside its own copy, even if only until that is cast."""
+
+    class Made(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.bytes = Counter()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func in (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default):
+                self.bytes[result.dtype] += result.nbytes
+            return result
+
+    base = bases["llama"]
+    before = state_of(base)
+    with Made() as made:
+        copy = base.working_copy(torch.bfloat16, "eager")
+    cast = sum(p.nbytes for p in copy.model.parameters())
+    assert made.bytes[torch.float32] < 0.01 * cast <= cast == pytest.approx(made.bytes[torch.bfloat16], rel=0.01)
+    assert state_of(base) == before
+    own = {id(p) for p in base.model.parameters()}
+    assert all(p.dtype == torch.bfloat16 and id(p) not in own and not p.requires_grad for p in copy.model.parameters())
+    for parameter, cast in zip(base.model.parameters(), copy.model.parameters(), strict=True):
+        assert torch.equal(cast, parameter.bfloat16())
+
+
+def test_tied_weights_stay_tied_in_a_working_copy(tmp_path):
+    shape = {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True))
+    copy = Backbone(model, tokenizer(), "tied").working_copy(torch.bfloat16, "eager").model
+    assert copy.get_input_embeddings().weight is copy.lm_head.weight and copy.lm_head.weight.dtype == torch.bfloat16
 
 
 def test_a_working_copy_of_the_same_type_holds_no_weights_of_its_own(bases):

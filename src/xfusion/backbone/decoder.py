@@ -16,7 +16,7 @@ import inspect
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, cached_property
 from typing import Any
 
@@ -543,11 +543,9 @@ class Backbone:
         attention, _ = self.supported_attention(attention)
         if dtype == self.dtype:
             return self if attention == self.attention else self.over_same_weights(attention)
-        model = copy.deepcopy(self.model)
-        model.config._attn_implementation = attention
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
-        return Backbone(model, self.tokenizer, self.source, self.revision, pretrained=self.pretrained)
+        backbone = self.over_same_weights(attention)
+        replace_by_casts(backbone.model, dtype, self.device, {})
+        return backbone
 
     def over_same_weights(self, attention: str) -> Backbone:
         """New module objects that share this base's weights, and in which these can be replaced by others."""
@@ -646,6 +644,26 @@ def _register_grouped() -> None:
 class _ModelOutput(dict):
     def __getattr__(self, key: str) -> Any:
         return self.get(key)
+def replace_by_casts(
+    module: nn.Module,
+    dtype: torch.dtype,
+    device: torch.device,
+    casts: dict[int, nn.Parameter],
+    excluded: Iterable[nn.Parameter] = (),
+) -> None:
+    """Put casts of its parameters on a device in the place of a frozen module's own, one by one; one that is used twice stays
+    one, also among modules of one ``casts``.
+    """
+    skipped = set(excluded)
+    for submodule in module.modules():
+        for name, parameter in submodule._parameters.items():
+            if parameter is None or parameter in skipped:
+                continue
+            if id(parameter) not in casts:
+                casts[id(parameter)] = nn.Parameter(parameter.detach().to(device, dtype), requires_grad=False)
+            submodule._parameters[name] = casts[id(parameter)]
+
+
 
     def __getitem__(self, key: Any) -> Any:  # by name or, as some families read the first of them, by number
         return [*self.values()][key] if isinstance(key, int) else super().__getitem__(key)

@@ -32,6 +32,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from xfusion.backbone.decoder import replace_by_casts
 from xfusion.data.sequence import XFusionError
 from xfusion.engine import States
 from xfusion.model import Model
@@ -110,7 +111,7 @@ class Sharding:
         for index in range(model.backbone.num_layers):
             layer_modules = model.fusion.new_modules(index)
             if frozen_layers is not None:
-                _replace_by_copies(frozen_layers[index], dtype, self.device, copies)
+                replace_by_casts(frozen_layers[index], dtype, self.device, copies)
                 layer_modules = [frozen_layers[index], *layer_modules]
             unit = _Unit(layer_modules)
             if any(p not in scalars for p in unit.parameters()):
@@ -122,7 +123,7 @@ class Sharding:
         objectives = [model.text_objective, model.media_objective]
         outer_modules: list[nn.Module] = [model.port, model.fusion, model.extra, *objectives]
         if self.backbone is not None:
-            _replace_by_copies(self.backbone.model, dtype, self.device, copies, excluded=assigned)
+            replace_by_casts(self.backbone.model, dtype, self.device, copies, excluded=assigned)
             outer_modules.append(self.backbone.model)
         self.root: Any = fully_shard(
             _Root(units, outer_modules), mesh=mesh, reshard_after_forward=False, ignored_params=assigned
@@ -166,22 +167,3 @@ def gathered_state(model: Model, *, keep: bool) -> dict[str, Tensor]:
         if keep:
             state[name] = tensor.detach().to("cpu", copy=True)
     return state
-
-
-def _replace_by_copies(
-    module: nn.Module,
-    dtype: torch.dtype,
-    device: torch.device,
-    copies: dict[int, nn.Parameter],
-    excluded: Iterable[nn.Parameter] = (),
-) -> None:
-    """Put casts of its parameters on a device in the place of a frozen module's own; one that is used twice stays one."""
-    skipped = set(excluded)
-    for submodule in module.modules():
-        for name, parameter in submodule._parameters.items():
-            if parameter is None or parameter in skipped:
-                continue
-            if id(parameter) not in copies:
-                values = parameter.detach().to(device, dtype)
-                copies[id(parameter)] = nn.Parameter(values, requires_grad=False)
-            submodule._parameters[name] = copies[id(parameter)]
