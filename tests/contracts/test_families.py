@@ -338,6 +338,25 @@ def test_a_family_with_a_causal_mask_of_its_own_never_sees_a_picture_and_is_refu
     assert seen(make_model(base, "prefix")) == 0  # the trap, without a word
 
 
+def test_a_failure_of_the_first_pass_is_said_and_not_taken_for_a_habit_of_the_family(bases, monkeypatch):
+    """Each base runs once over no layers, to see whether its layers return tuples."""
+    model, base, runs = bases["llama"].model, bases["llama"], []
+
+    def failing(decoder, x, position):
+        runs.append(decoder)
+        raise failures.pop(0)
+
+    monkeypatch.setattr(Backbone, "_run", staticmethod(failing))
+    failures = [torch.OutOfMemoryError("CUDA out of memory")]
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        Backbone(model, base.tokenizer, base.source)
+    failures = [RuntimeError("no kernel for float8\nsecond line"), TypeError("tuple")]
+    message = r": LlamaForCausalLM cannot be fused: it does not run over given states \(no kernel for float8\)"
+    with pytest.raises(XFusionError, match=message) as caught:
+        Backbone(model, base.tokenizer, base.source)
+    assert str(caught.value.__cause__).startswith("no kernel") and len(runs) == 3
+
+
 @torch.no_grad()
 def test_a_head_that_takes_the_states_by_number_gets_them():
     """As in GPT-J, CodeGen, GPT-BigCode and Falcon."""

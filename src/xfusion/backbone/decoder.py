@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from xfusion.backbone.cache import Cache
 from xfusion.backbone.sources import EMBEDDED, SCRATCH, load_weights, one_line_errors, resolve_source
-from xfusion.data.sequence import Rows, XFusionError, fingerprint
+from xfusion.data.sequence import Rows, XFusionError, fingerprint, first_line
 from xfusion.layers import Slot, attention_path, grouped_attention, shadow, takes_cache
 from xfusion.storage import card_licence, hub_commit
 
@@ -108,8 +108,7 @@ class Backbone:
         self.pretrained = pretrained
         self.decoder = model.base_model
         self.layers_key, self.layers = self._find_layers()
-        self.takes_tuples = False
-        self.takes_tuples = not self._takes_states()
+        self.takes_tuples = self._find_takes_tuples()
         self._fingerprint: str | None = None
         # A tokenizer keeps a call's settings until the next call, so concurrent threads could use each other's settings.
         self._tokenizing = threading.Lock()
@@ -229,16 +228,30 @@ class Backbone:
         )
 
     @torch.no_grad()
-    def _takes_states(self) -> bool:
-        """Whether the decoder takes what a layer returns for its states; some families read the first of a tuple (GPT-J, CodeGen,
-        Falcon), and would take the first row of a batch. No layer is computed.
+    def _find_takes_tuples(self) -> bool:
+        """Whether the decoder reads the first of what a layer returns (GPT-J, CodeGen, Falcon), where others take it for the
+        states; of states it would take the first row of a batch. No layer is computed.
+
+        Raises:
+            XFusionError: it runs in neither way.
         """
         x = torch.zeros(2, 3, self.hidden_size, dtype=self.dtype, device=self.device)
-        decoder = self.shadow_decoder(lambda index, layer, states, call: states)
-        try:
-            return self._run(decoder, x, torch.arange(3, device=self.device).expand(2, 3)).shape == x.shape
-        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-            return False
+        position = torch.arange(3, device=self.device).expand(2, 3)
+        failures: list[Exception] = []
+        for takes_tuples in (False, True):
+            self.takes_tuples = takes_tuples
+            decoder = self.shadow_decoder(lambda index, layer, states, call: states)
+            try:
+                if self._run(decoder, x, position).shape == x.shape:
+                    return takes_tuples
+            except torch.OutOfMemoryError:
+                raise
+            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+                failures.append(error)
+        reason = f" ({first_line(failures[0])})" if failures else ""
+        raise XFusionError(
+            f"{self.source}: {type(self.model).__name__} cannot be fused: it does not run over given states{reason}"
+        ) from (failures[0] if failures else None)
 
     # -- facts
 
@@ -631,19 +644,6 @@ class Backbone:
         return output.last_hidden_state
 
 
-@cache
-def _register_grouped() -> None:
-    """Register `grouped_attention` with transformers as "grouped"."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask
-
-    AttentionInterface.register("grouped", grouped_attention)
-    AttentionMaskInterface.register("grouped", eager_mask)
-
-
-class _ModelOutput(dict):
-    def __getattr__(self, key: str) -> Any:
-        return self.get(key)
 def replace_by_casts(
     module: nn.Module,
     dtype: torch.dtype,
@@ -664,6 +664,19 @@ def replace_by_casts(
             submodule._parameters[name] = casts[id(parameter)]
 
 
+@cache
+def _register_grouped() -> None:
+    """Register `grouped_attention` with transformers as "grouped"."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register("grouped", grouped_attention)
+    AttentionMaskInterface.register("grouped", eager_mask)
+
+
+class _ModelOutput(dict):
+    def __getattr__(self, key: str) -> Any:
+        return self.get(key)
 
     def __getitem__(self, key: Any) -> Any:  # by name or, as some families read the first of them, by number
         return [*self.values()][key] if isinstance(key, int) else super().__getitem__(key)
