@@ -77,6 +77,33 @@ def test_contract(codecs):
         assert codec.encode(images().bfloat16()).dtype == torch.float32
 
 
+def test_large_pictures_are_encoded_and_decoded_a_few_at_a_time():
+    """64 pictures of 256 px, or as many pixels: an autoencoder's memory goes by these."""
+
+    class Recorded(Pixels):
+        factor, parts = 256, []
+
+        def _encode(self, images):
+            self.parts.append(len(images))
+            return images[:, :, ::256, ::256]
+
+        def _decode(self, latents):
+            self.parts.append(len(latents))
+            return latents
+
+    codec = Recorded()
+    for side, count, parts in ((256, 70, [64, 6]), (512, 20, [16, 4]), (2560, 2, [1, 1])):
+        codec.parts.clear()
+        codec.encode(torch.zeros(1, 1, 1, 1).expand(count, 3, side, side))
+        assert codec.parts == parts
+        codec.parts.clear()
+        codec.decode(torch.zeros(count, 3, side // 256, side // 256))
+        assert codec.parts == parts
+    codec.parts.clear()
+    Pixels.encode(small := type("Small", (Recorded,), {"factor": 1})(), torch.zeros(70, 3, 8, 8))
+    assert small.parts == [64, 6], "as before, so that bits stay"
+
+
 def test_pixels_are_the_identity():
     assert torch.equal(Pixels().decode(Pixels().encode(images())), images())
 

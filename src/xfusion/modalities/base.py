@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from xfusion.data.sequence import Media, XFusionError
 
-# Pictures per call of an autoencoder; bounds memory when a whole data set is encoded at once.
-_CHUNK = 64
+# Most pictures, and pixels, per call of an autoencoder; bounds memory when a whole data set is encoded at once.
+_CHUNK, _CHUNK_PIXELS = 64, 64 * 256 * 256
 # Resampling and reduced precision overshoot [-1, 1] by less than this; more means that a picture has another range.
 _RANGE_TOLERANCE = 1e-3
 
@@ -91,7 +91,8 @@ class Codec(Frozen, ABC):
         low, high = (bound.item() for bound in images.aminmax())
         if not (low >= -1 - _RANGE_TOLERANCE and high <= 1 + _RANGE_TOLERANCE):
             raise XFusionError(f"images must lie in [-1, 1], but these lie in [{low:.3g}, {high:.3g}]; rescale them")
-        return torch.cat([self._encode(part) for part in images.float().split(_CHUNK)])
+        parts = images.float().split(_chunk(images.shape[2] * images.shape[3]))
+        return torch.cat([self._encode(part) for part in parts])
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -104,7 +105,8 @@ class Codec(Frozen, ABC):
         if not len(latents):
             height, width = (side * self.factor for side in latents.shape[2:])
             return latents.new_empty(0, 3, height, width, dtype=torch.float32)
-        return torch.cat([self._decode(part) for part in latents.float().split(_CHUNK)]).clamp(-1, 1)
+        parts = latents.float().split(_chunk(latents.shape[2] * latents.shape[3] * self.factor**2))
+        return torch.cat([self._decode(part) for part in parts]).clamp(-1, 1)
 
     @abstractmethod
     def _encode(self, images: Tensor) -> Tensor:
@@ -279,6 +281,11 @@ class Modality(ABC):
             behind_begin=self.config.behind_begin,
             **options,
         )
+
+
+def _chunk(pixels: int) -> int:
+    """How many pictures of so many pixels are computed in one call."""
+    return max(1, min(_CHUNK, _CHUNK_PIXELS // pixels))
 
 
 def _check_floats(description: str, tensor: Tensor) -> None:
