@@ -121,6 +121,29 @@ def test_scores_are_the_mean_of_a_full_uncached_pass(bases, fusion, family):
 
 
 @torch.no_grad()
+def test_many_names_are_scored_in_passes_of_a_bounded_size(bases, monkeypatch):
+    """The prefix's keys and values are copied for each name of a pass, and the vocabulary's logits made for each token."""
+    model, sizes = make_model(bases["llama"]), []
+    names = [f"{'a ' * (i % 3)}red apple {i}" for i in range(20)]
+    expected, run_pass = model.score_names(PICTURES[:2], names), model.run_pass
+
+    def run(batch, *, cache, **settings):
+        count = len(batch.text_ids)
+        sizes.append((count * (cache.rows.count + batch.text.count), count * batch.text.count))
+        return run_pass(batch, cache=cache, **settings)
+
+    monkeypatch.setattr(model, "run_pass", run)
+    for positions, tokens in ((150, 1000), (1000, 40), (1, 1)):
+        monkeypatch.setattr("xfusion.generation.words.SCORED_POSITIONS", positions, raising=False)
+        monkeypatch.setattr("xfusion.generation.words.SCORED_TOKENS", tokens, raising=False)
+        sizes.clear()
+        torch.testing.assert_close(model.score_names(PICTURES[:2], names), expected, rtol=0, atol=1e-5)
+        if positions > 1:
+            assert max(size for size, _ in sizes) <= positions and max(size for _, size in sizes) <= tokens
+        assert len(sizes) > 2 * 5
+
+
+@torch.no_grad()
 def test_scores_without_a_picture_read_the_end_row_alone(model):
     names = ["red apple", "tree"]
     found = model.score_names(None, names)

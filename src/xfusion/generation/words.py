@@ -30,6 +30,9 @@ from xfusion.model import Model
 
 LENGTH_GROUPS = 4
 """Maximum number of groups of similar length in which candidate answers are scored; never more than distinct lengths."""
+SCORED_POSITIONS, SCORED_TOKENS = 1 << 15, 1 << 12
+"""Positions, those of the prefix included, and tokens that one pass over candidate answers may have: keys and values of the
+prefix are copied for each answer, and each token has logits of the whole vocabulary. Groups with more are divided."""
 
 
 @torch.no_grad()
@@ -204,9 +207,13 @@ def score_names(
     for done, item in enumerate(media, start=1):
         cache, first_log_probs = _prefill(model, item, question_ids)
         for group in groups:
-            candidates = [answers[i] for i in group]
-            lengths = torch.tensor([len(answer) if summed else 1 for answer in candidates])
-            scores[done - 1, group] = _mean_likelihood(model, cache, first_log_probs, candidates).cpu() * lengths
+            longest = len(answers[group[-1]])
+            per_pass = max(1, min(SCORED_POSITIONS // (cache.rows.count + longest), SCORED_TOKENS // longest))
+            for start in range(0, len(group), per_pass):
+                part = group[start : start + per_pass]
+                candidates = [answers[i] for i in part]
+                lengths = torch.tensor([len(answer) if summed else 1 for answer in candidates])
+                scores[done - 1, part] = _mean_likelihood(model, cache, first_log_probs, candidates).cpu() * lengths
         if progress:
             progress(done, len(media))
     return scores
