@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contracts.table import SIDE, Noise, hearing_model, make_model, picture, words
+from contracts.table import LAYERS, SIDE, Noise, hearing_model, make_model, picture, words
 
 from xfusion.composition import together
 from xfusion.data.sequence import Sound, Text
@@ -181,13 +181,43 @@ def test_other_weights_read_anew(bases):
 
 
 @torch.no_grad()
-def test_only_the_last_conversations_are_kept(bases):
+def test_only_the_last_conversations_are_kept(bases, monkeypatch):
+    """As many as fit: a cache of a long conversation takes gigabytes."""
     model = make_model(bases["llama"])
-    for number in range(turns.MAX_PREFIXES + 3):
-        answer_tokens(model, [(picture((2, 2), number), words(3, number))], **SETTINGS)
-    assert len(model.engine.turns) == turns.MAX_PREFIXES
-    with pytest.raises(StopIteration):
-        next(key for key in model.engine.turns if key[0] == turns.units((picture((2, 2), 0),))[0])
+
+    def ask(number):
+        answer_tokens(model, [(picture((2, 2), number), words(3, number))], **SETTINGS | {"max_tokens": 1})
+
+    ask(0)
+    (entry,) = model.engine.turns.values()
+    held = sum(t.nbytes for slot in entry.cache.slots for pair in slot.values() for t in pair)
+    assert entry.nbytes == held > 4 * LAYERS * 8
+    monkeypatch.setattr(turns, "PREFIX_BYTES", 5 * held)
+    for number in range(1, 8):
+        ask(number)
+    assert len(model.engine.turns) == 5
+    first = [turns.units((picture((2, 2), number),))[0] for number in range(8)]
+    assert [key[0] for key in model.engine.turns] == first[3:]
+    monkeypatch.setattr(turns, "PREFIX_BYTES", 1)
+    ask(8)
+    assert len(model.engine.turns) == 1, "the last one stays, however large"
+
+
+@torch.no_grad()
+def test_what_a_turn_went_on_from_is_all_that_is_kept_of_the_turns_before(bases):
+    """Each entry holds the whole of its conversation so far."""
+    model = make_model(bases["llama"], "dual tower, strided")
+    other = (picture((3, 3), 9), words(3, 9))
+    answer_tokens(model, [other], **SETTINGS)
+    aside, kept = set(model.engine.turns), []
+    context = (picture((4, 4), 1), words(4, 1))
+    for number in range(4):
+        (answer,) = answer_tokens(model, [context], **SETTINGS)
+        kept.append(len(set(model.engine.turns) - aside))
+        asked, context = context, (*context, Text(ids=tuple(answer)), words(2, number))
+    assert kept == [2, 3, 3, 3] and aside <= set(model.engine.turns)
+    # The last question again: what was read before it is not read anew.
+    assert turns.resume_prefix(model, asked, turns.units(asked))[0].rows.count > 0
 
 
 @torch.no_grad()

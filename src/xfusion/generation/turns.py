@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from PIL import ExifTags
@@ -21,8 +22,8 @@ from xfusion.data.sequence import END_OF_MEDIA, Batch, Media, Sequence, Sound, T
 from xfusion.modalities.base import Modality
 from xfusion.model import Model
 
-MAX_PREFIXES = 8
-"""How many prefixes are cached; the least recently used are dropped."""
+PREFIX_BYTES = 1 << 30
+"""Bytes of keys and values of prefixes that are cached; the least recently used prefixes are dropped."""
 MAX_MEDIA = 64
 """How many pictures and sounds have their tokens cached; the oldest are dropped."""
 Unit = int | bytes
@@ -35,6 +36,11 @@ class CachedPrefix:
 
     cache: Cache
     weights: tuple[tuple[int, int], ...]
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of its keys and values."""
+        return sum(t.nbytes for slot in self.cache.slots for pair in slot.values() for t in pair)
 
 
 def units(prompt: tuple[Text | Media, ...]) -> tuple[Unit, ...]:
@@ -66,6 +72,9 @@ def resume_prefix(
     )
     if longest is None:
         return model.backbone.new_cache(model.fusion.num_towers, 1), batch.to(model.device)
+    # Its own prefixes are of no use any more: a question that is asked again is looked up by what stands before it.
+    for key in [key for key in prefixes if len(key) < len(longest) and longest[: len(key)] == key]:
+        del prefixes[key]
     prefixes.move_to_end(longest)
     cache = prefixes[longest].cache.copy()
     return cache, _suffix(batch, int(cache.rows.order.max())).to(model.device)
@@ -76,7 +85,7 @@ def remember(model: Model, prefix_units: tuple[Unit, ...], cache: Cache) -> None
     prefixes = model.engine.turns
     prefixes[prefix_units] = CachedPrefix(cache.copy(), _weights(model))
     prefixes.move_to_end(prefix_units)
-    if len(prefixes) > MAX_PREFIXES:
+    while len(prefixes) > 1 and sum(entry.nbytes for entry in prefixes.values()) > PREFIX_BYTES:
         prefixes.popitem(last=False)
 
 
