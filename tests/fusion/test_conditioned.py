@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contracts.table import Noise, exact, float64_model, picture, view, words
+from contracts.table import Noise, exact, float64_model, make_model, picture, view, words
 from diffusers import DDPMScheduler
 from diffusers.models.attention import BasicTransformerBlock
 from PIL import ImageChops
@@ -14,6 +14,7 @@ from torch.nn import functional
 import xfusion
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.sequence import Sequence, XFusionError
+from xfusion.fusion import conditioned
 from xfusion.fusion.conditioned import Block, positions_of_items
 from xfusion.modalities.port import sinusoids
 from xfusion.model import BackboneConfig
@@ -137,6 +138,25 @@ def test_the_whole_denoiser_is_its_equation_in_float64(bases, monkeypatch):
             is_row = media.rows.order >= 0
             torch.testing.assert_close(found[is_row], expected[is_row], rtol=0, atol=1e-9)
         assert float((expected - states).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("asked", ["grouped", "eager", "sdpa"])
+@torch.no_grad()
+def test_the_denoiser_computes_with_the_attention_that_is_asked_for(bases, monkeypatch, asked):
+    model = make_model(bases["llama"], "conditioned denoiser")
+    batch = view([[Sequence(segments=(words(4, 1), picture((4, 4), 1, noised=True)))]], model)
+    expected, calls = model.run_pass(batch)[1].states["image"], []
+    grouped, fused = conditioned.grouped_attention, functional.scaled_dot_product_attention
+    monkeypatch.setattr(conditioned, "grouped_attention", lambda *a: calls.append("products") or grouped(*a))
+    monkeypatch.setattr(
+        conditioned.functional, "scaled_dot_product_attention", lambda *a, **k: calls.append("sdpa") or fused(*a, **k)
+    )
+    backbone = model.backbone.working_copy(torch.float32, asked)
+    with model.using(replace(model.plain_engine(), backbone=backbone)):
+        run = model.run_pass(batch)[1]
+    own = [call for call in calls if call != "sdpa"] if asked != "sdpa" else calls
+    assert run.attention == asked and set(own) == {"sdpa" if asked == "sdpa" else "products"}
+    torch.testing.assert_close(run.states["image"], expected, rtol=0, atol=1e-5)
 
 
 def test_tokens_are_sorted_by_item_wherever_they_stand():

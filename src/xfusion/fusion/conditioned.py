@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from xfusion.backbone import Backbone
-from xfusion.backbone.attention import choose_attention
 from xfusion.data.sequence import XFusionError
 from xfusion.fusion.base import Call, Pass, WithoutBlocks, compiled
 from xfusion.layers import KeysValues, attention_mask, grouped_attention
@@ -72,18 +71,19 @@ class Attention(nn.Module):
         )
         return k, v
 
-    def forward(self, x: Tensor, kv: KeysValues, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, kv: KeysValues, mask: Tensor, attention: str) -> Tensor:
         """Rows ``[B, n, W]``, keys and values, and a bool mask, ``[B, n, k]`` or ``[B, 1, k]`` for all rows alike; the output is
-        0 for a row that reads nothing.
+        0 for a row that reads nothing. ``attention`` names the implementation: plain products for ``grouped`` and ``eager``,
+        torch's fused kernel for others.
         """
         has_keys = mask.any(-1, keepdim=True)
         q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k, v = (t.to(q.dtype) for t in kv)
-        implementation, _ = choose_attention(q.device)
-        open_mask = attention_mask(mask | ~has_keys, implementation, q.dtype)
-        if implementation == "grouped":
-            output = grouped_attention(self, q, k, v, open_mask)[0]
+        open_mask = mask | ~has_keys
+        if attention in ("grouped", "eager"):
+            output = grouped_attention(self, q, k, v, attention_mask(open_mask, attention, q.dtype))[0]
         else:
+            open_mask = attention_mask(open_mask, "sdpa", q.dtype)
             output = functional.scaled_dot_product_attention(q, k, v, attn_mask=open_mask).transpose(1, 2)
         return torch.where(has_keys, self.out(output.flatten(2)), 0)
 
@@ -101,24 +101,36 @@ class Block(nn.Module):
         nn.init.zeros_(self.modulation.bias)
 
     def forward(
-        self, x: Tensor, level: Tensor, same_item: Tensor, text_kv: KeysValues | None, text_mask: Tensor
+        self,
+        x: Tensor,
+        level: Tensor,
+        same_item: Tensor,
+        text_kv: KeysValues | None,
+        text_mask: Tensor,
+        attention: str = "eager",
     ) -> Tensor:
         """Tokens ``[N, M, W]``, the embedding of each picture's noise level and text ``[N, W]``, which tokens they read, bool
-        ``[N, M or 1, M]``, the text's keys and values, and the mask for reading them.
+        ``[N, M or 1, M]``, the text's keys and values, the mask for reading them, and the attention implementation.
         """
         scale, shift, mlp_scale, mlp_shift = self.modulation(level)[:, None].chunk(4, dim=-1)
         h = (1 + scale) * self.norm(x) + shift
-        x = x + self.own(h, self.own.keys_values(h), same_item)
+        x = x + self.own(h, self.own.keys_values(h), same_item, attention)
         if text_kv is not None:
-            x = x + self.cross(self.words_norm(x), text_kv, text_mask)
+            x = x + self.cross(self.words_norm(x), text_kv, text_mask, attention)
         return x + self.mlp((1 + mlp_scale) * self.mlp_norm(x) + mlp_shift)
 
 
 def block_rows(
-    block: Block, x: Tensor, level: Tensor, same_item: Tensor, text_kv: KeysValues | None, text_mask: Tensor
+    block: Block,
+    x: Tensor,
+    level: Tensor,
+    same_item: Tensor,
+    text_kv: KeysValues | None,
+    text_mask: Tensor,
+    attention: str,
 ) -> Tensor:
     """One block's work, as a function, so that all blocks share a compiled graph."""
-    return block(x, level, same_item, text_kv, text_mask)
+    return block(x, level, same_item, text_kv, text_mask, attention)
 
 
 class Conditioned(WithoutBlocks):
@@ -204,7 +216,7 @@ class Conditioned(WithoutBlocks):
         level = functional.silu(level)
         denoiser: Any = self.denoiser
         for block, kv in zip(denoiser, blocks, strict=True):
-            tokens = compute_block(block, tokens, level, is_token[:, None], kv, text_mask)
+            tokens = compute_block(block, tokens, level, is_token[:, None], kv, text_mask, run.attention)
         denoised, rows = self.out(tokens).to(x.dtype), x.flatten(0, 1)
         # What fills up shorter items goes to one more row, which is dropped.
         target = torch.where(is_token, positions, len(rows)).flatten()
