@@ -539,3 +539,12 @@ def test_shots_end_where_too_few_groups_can_be_read():
     tried.clear()
     with pytest.raises(XFusionError, match="squares: 2 shots .* of as many groups, but there are 2: take fewer shots"):
         made.captionings(0)
+
+
+def test_what_was_left_out_still_is_if_the_widths_cannot_be_measured(monkeypatch):
+    made = mixture()
+    made.left_out = frozenset({1})
+    monkeypatch.setattr(made, "drawings", lambda step: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        made.widths  # noqa: B018
+    assert made.left_out == {1}

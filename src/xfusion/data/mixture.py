@@ -392,8 +392,10 @@ class Mixture:
         the same widths.
         """
         left_out, self.left_out = self.left_out, frozenset()
-        steps = [self._rows(self.drawings(step), self.captionings(step)) for step in range(LOOKED_AT)]
-        self.left_out = left_out
+        try:
+            steps = [self._rows(self.drawings(step), self.captionings(step)) for step in range(LOOKED_AT)]
+        finally:
+            self.left_out = left_out
         draw, caption = ([_longest(rows) for rows in task] for task in zip(*steps, strict=True))
         return _round_up(_ninetieth_percentile(draw), 4), _round_up(_ninetieth_percentile(caption), 4)
 
