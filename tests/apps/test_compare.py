@@ -15,6 +15,7 @@ from xfusion.apps import cli, comparison_page, plots
 from xfusion.apps.commands.compare import Compare, summary_text
 from xfusion.comparison import run as walk
 from xfusion.comparison.table import contributions
+from xfusion.data.sequence import XFusionError
 from xfusion.evaluation import verify
 from xfusion.recipes.base import find
 
@@ -141,9 +142,21 @@ def test_a_file_is_one_module_until_it_changes(here):
     Path("mine.py").write_text(RECIPES.replace("mlp=24", "mlp=16"))
     assert find("mine.py:twisted")().model.fusion.mlp == 16, "within the second, at the same length"
     assert not Path("__pycache__").exists(), "nothing is left beside a user's file"
-    Path("json.py").write_text("def plain():\n    return 1\n")
-    assert find("json.py:plain")() == 1
-    assert sys.modules["json"] is json, "a module of the same name keeps it"
+
+
+def test_a_file_with_the_name_of_a_module_is_refused(here):
+    """Who imports the module later would get the file, as `data/emoji.py` would by an `emoji.py` of somebody's own."""
+    known = set(sys.modules)
+    for name in ("json", "tabnanny"):  # imported already, and not yet
+        Path(f"{name}.py").write_text("def plain():\n    return 1\n")
+        message = rf"recipe '{name}.py:plain': there is a module '{name}' already, .*: rename the file"
+        with pytest.raises(XFusionError, match=message):
+            find(f"{name}.py:plain")
+    assert sys.modules["json"] is json and "tabnanny" not in set(sys.modules) - known
+    Path("a.folder").mkdir()
+    for place in ("mine.py", "a.folder/mine.py", "a.folder/json.mine.py"):
+        Path(place).write_text(f"def plain():\n    return {place!r}\n")
+        assert find(f"{place}:plain")() == place, "two files of one name take it one after the other"
 
 
 def test_bad_input_is_one_line(start):

@@ -89,7 +89,13 @@ def _function(name: str) -> Callable[..., Recipe]:
             raise XFusionError(f"recipe {name!r}: there is no file {location}")
         if not function:
             raise XFusionError(f"recipe {name!r} names no function: write {location}:FUNCTION")
-        module = _module(path.resolve(), path.read_bytes())
+        path = path.resolve()
+        if _has_name_of_module(path):
+            raise XFusionError(
+                f"recipe {name!r}: there is a module {path.stem!r} already, and whoever imports it would get this file: rename"
+                " the file"
+            )
+        module = _module(path, path.read_bytes())
     elif function:
         try:
             module = importlib.import_module(location)
@@ -111,13 +117,25 @@ _FILE_MODULES: dict[str, ModuleType] = {}
 """Modules of recipe files by the name that they are known by."""
 
 
+def _has_name_of_module(path: Path) -> bool:
+    """Whether a recipe file has the name of another module that can be imported, such as an installed package's."""
+    stem = path.stem
+    if "." in stem or (stem in _FILE_MODULES and sys.modules.get(stem) is _FILE_MODULES[stem]):
+        return False
+    try:
+        spec = importlib.util.find_spec(stem)
+    except ValueError:  # of a loaded module that was not found by one, such as __main__
+        return True
+    return spec is not None and spec.origin is not None and Path(spec.origin).resolve() != path
+
+
 @functools.cache
 def _module(path: Path, content: bytes) -> ModuleType:
     """The module of a file, run once as long as the file stays.
 
-    It is known by its name, as an imported one: a run that goes on reads the classes of its configuration by it. An
-    imported module of that name keeps it. It is run as read: what Python keeps compiled beside a file it takes for fresh
-    where the file was changed within a second to another of its length.
+    It is known by its name, as an imported one: a run that goes on reads the classes of its configuration by it. If it
+    was imported itself, that module keeps the name. It is run as read: what Python keeps compiled beside a file it takes for
+    fresh where the file was changed within a second to another of its length.
     """
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
