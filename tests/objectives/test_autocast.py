@@ -5,6 +5,7 @@ import torch
 from objectives import test_alignment, test_contrastive, test_matching
 
 from xfusion.data.pack import pack
+from xfusion.objectives import matching as matching_module
 
 
 def contrastive(base):
@@ -41,3 +42,14 @@ def test_autocast_around_a_loss_changes_no_bit_of_it(bases, made):
     for name, (total, count) in exact.items():
         assert found[name][0].dtype == torch.float32
         assert torch.equal(found[name][0], total) and int(found[name][1]) == int(count)
+
+
+@torch.no_grad()
+def test_hard_negatives_are_chosen_by_cosines_in_float32(bases, monkeypatch):
+    """In bfloat16, cosines that differ by less than a 256th are equal, and the first of the batch would be the hardest."""
+    model, batch = matching(bases["llama"])
+    found, hardest = [], matching_module.hardest_negatives
+    monkeypatch.setattr(matching_module, "hardest_negatives", lambda *given: found.append(given[0]) or hardest(*given))
+    with torch.autocast("cpu", torch.bfloat16):
+        model.extra[0].loss(model, batch)
+    assert [similarity.dtype for similarity in found] == [torch.float32]

@@ -17,6 +17,8 @@ from contracts.table import (
     twenty_steps,
     words,
 )
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
 import xfusion
@@ -25,8 +27,9 @@ from xfusion.data.pack import pack
 from xfusion.data.sequence import Example, Sequence, XFusionError
 from xfusion.data.templates import Templates, opened
 from xfusion.model import Model
+from xfusion.objectives import contrastive
 from xfusion.objectives.base import NoObjective
-from xfusion.objectives.contrastive import Contrastive, duplicates
+from xfusion.objectives.contrastive import Contrastive, duplicates, identities
 from xfusion.objectives.flow_matching import FlowMatching
 from xfusion.objectives.next_token import NextToken
 from xfusion.training.loop import train
@@ -107,6 +110,34 @@ def test_near_identical_pictures_and_equal_words_are_no_negatives(bases):
     assert abs(float(trapped) - expected / 5) > 1e-2  # counting them would be seen
     lone = [pair(i, group=-1) for i in range(2)]
     assert not duplicates(pack([lone]), pack([lone]).media["image"]).any()  # no group is no kinship
+
+
+def test_the_texts_of_a_batch_are_copied_to_the_host_together(bases):
+    """On a GPU each copy waits for all that was asked of it before."""
+
+    class Copies(TorchFunctionMode):
+        count = 0
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            self.count += func is Tensor.tolist
+            return func(*args, **(kwargs or {}))
+
+    for pairs in (2, 9):
+        batch = pack([[pair(i)] for i in range(pairs)])
+        with Copies() as copies:
+            found = identities(batch, batch.media["image"])
+        assert copies.count == 2 and found[:, 0].tolist() == [hash(pair(i).segments[0].ids) for i in range(pairs)]
+
+
+@torch.no_grad()
+def test_matching_tells_texts_apart_once(bases, monkeypatch):
+    from objectives import test_matching
+
+    hashed = []
+    monkeypatch.setattr(contrastive, "hash", lambda ids: hashed.append(ids) or hash(ids), raising=False)
+    model, batch = test_matching.make(bases["llama"]), pack([[test_matching.pair(i)] for i in range(4)])
+    model.extra[0].loss(model, batch)
+    assert len(hashed) == 4
 
 
 def test_the_scale_begins_at_clips(bases):

@@ -17,7 +17,7 @@ from xfusion.fusion.connectors import query_transformer
 from xfusion.fusion.connectors.query_transformer import Queries, attention_pattern
 from xfusion.fusion.prefix import Prefix
 from xfusion.model import Model
-from xfusion.objectives import query_pretraining
+from xfusion.objectives import contrastive, query_pretraining
 from xfusion.objectives.base import NoObjective
 from xfusion.objectives.contrastive import symmetric_loss
 from xfusion.objectives.next_token import NextToken
@@ -457,3 +457,12 @@ def test_what_cannot_be_trained_is_refused(bases):
         Model(replace(model_config(base, "prefix"), extra=(OWN,)), base)
     with pytest.raises(XFusionError, match="width 10, length 0: give at least 1"):
         in_model(base, length=0)
+
+
+@torch.no_grad()
+def test_texts_are_told_apart_once(monkeypatch):
+    hashed = []
+    monkeypatch.setattr(contrastive, "hash", lambda ids: hashed.append(ids) or hash(ids), raising=False)
+    _, objective, _, _ = make()
+    objective.loss(None, batch_of(PAIRS))
+    assert len(hashed) == len(PAIRS)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import torch
@@ -94,36 +95,36 @@ class Contrastive(Objective):
         Raises:
             XFusionError: a picture has no text.
         """
-        losses: Losses = {}
-        if batch.text_reads_media:
-            return losses
-        for media in batch.media.values():
-            row, sample = pair_places(media)
-            if len(row) and bool((batch.text.sample[row] != sample[:, None]).all(dim=1).any()):
-                raise XFusionError(
-                    "contrastive: a picture of the batch has no words: set the templates' caption_dropout to 0"
-                )
-            if len(row):
-                local_vectors = torch.stack(
-                    [self._embed_text(run, batch, row, sample), self.embed_media(run, batch)], dim=1
-                )
-            else:  # this process has no pair, but the others wait for it
-                no_states = self.words.weight.new_zeros(0, self.words.in_features)
-                local_vectors = torch.stack([project(self.words, no_states), project(self.media, no_states)], dim=1)
-            local_identities = identities(batch, media)
-            all_vectors, all_identities, offset = _gather_pairs(local_vectors, local_identities)
-            targets = offset + torch.arange(len(local_vectors), device=local_vectors.device)
-            excluded = is_duplicate(local_identities, all_identities)
-            excluded[torch.arange(len(local_vectors), device=local_vectors.device), targets] = False
-            # Cosines times 100 need float32 precision.
-            with torch.autocast("cpu" if local_vectors.is_meta else local_vectors.device.type, enabled=False):
-                scale = clipped_scale(self.log_scale)
-                text_scores, media_scores = (
-                    scale * local_vectors[:, query] @ all_vectors[:, key].T for query, key in ((0, 1), (1, 0))
-                )
-                total = symmetric_loss(text_scores, media_scores, excluded, targets)
-            losses[self.name] = (total, torch.tensor(len(local_vectors), device=local_vectors.device))
-        return losses
+        if batch.text_reads_media or not batch.media:
+            return {}
+        (media,) = batch.media.values()
+        return self._contrast(run, batch, media, identities(batch, media))
+
+    def _contrast(self, run: Run, batch: Batch, media: MediaRows, local_identities: Tensor) -> Losses:
+        """The `loss` of a batch with media, given the `identities` of its pairs."""
+        row, sample = pair_places(media)
+        if len(row) and bool((batch.text.sample[row] != sample[:, None]).all(dim=1).any()):
+            raise XFusionError(
+                "contrastive: a picture of the batch has no words: set the templates' caption_dropout to 0"
+            )
+        if len(row):
+            local_vectors = torch.stack(
+                [self._embed_text(run, batch, row, sample), self.embed_media(run, batch)], dim=1
+            )
+        else:  # this process has no pair, but the others wait for it
+            no_states = self.words.weight.new_zeros(0, self.words.in_features)
+            local_vectors = torch.stack([project(self.words, no_states), project(self.media, no_states)], dim=1)
+        all_vectors, all_identities, offset = _gather_pairs(local_vectors, local_identities)
+        pair_index = torch.arange(len(local_vectors), device=local_vectors.device)
+        excluded = is_duplicate(local_identities, all_identities)
+        excluded[pair_index, offset + pair_index] = False
+        with full_precision(local_vectors):
+            scale = clipped_scale(self.log_scale)
+            text_scores, media_scores = (
+                scale * local_vectors[:, query] @ all_vectors[:, key].T for query, key in ((0, 1), (1, 0))
+            )
+            total = symmetric_loss(text_scores, media_scores, excluded, offset + pair_index)
+        return {self.name: (total, torch.tensor(len(local_vectors), device=local_vectors.device))}
 
 
 def has_pairs(batch: Batch) -> bool:
@@ -163,8 +164,9 @@ def identities(batch: Batch, media: MediaRows) -> Tensor:
     """Identity of each pair, int64 ``[N, 2]``: a hash of its text, equal in all processes, and the picture's group."""
     row, sample = pair_places(media)
     is_text = (batch.text.sample[row] == sample[:, None]) & (batch.text.order[row] >= 0)
-    text_ids = batch.unmasked().text_ids[row]
-    hashes = [hash(tuple(ids[mask].tolist())) for ids, mask in zip(text_ids, is_text, strict=True)]
+    # Copied from a device together: each copy waits for all that was asked of it before.
+    texts = zip(batch.unmasked().text_ids[row].tolist(), is_text.tolist(), strict=True)
+    hashes = [hash(tuple(compress(ids, said))) for ids, said in texts]
     return torch.stack([torch.tensor(hashes, dtype=torch.int64, device=row.device), media.group.to(torch.int64)], dim=1)
 
 
@@ -224,7 +226,12 @@ def _last_word(batch: Batch, row: Tensor, sample: Tensor | None) -> Tensor:
     return (order if sample is None else order.masked_fill(batch.text.sample[row] != sample[:, None], -1)).argmax(1)
 
 
+def full_precision(tensor: Tensor) -> torch.autocast:
+    """A block without autocast on a tensor's device: cosines times 100 differ by less than bfloat16 can say."""
+    return torch.autocast("cpu" if tensor.is_meta else tensor.device.type, enabled=False)
+
+
 def project(projection: nn.Linear, states: Tensor) -> Tensor:
     """Vectors ``[..., E]`` of unit length, in float32 whatever the precision of a pass."""
-    with torch.autocast("cpu" if states.is_meta else states.device.type, enabled=False):
+    with full_precision(states):
         return functional.normalize(projection(states), dim=-1)

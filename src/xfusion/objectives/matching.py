@@ -23,7 +23,14 @@ from torch.nn import functional
 
 from xfusion.data.sequence import END_OF_MEDIA, IGNORE, Batch, MediaRows, Rows
 from xfusion.objectives.base import Losses, Run
-from xfusion.objectives.contrastive import Contrastive, duplicates, pair_places
+from xfusion.objectives.contrastive import (
+    Contrastive,
+    duplicates,
+    full_precision,
+    identities,
+    is_duplicate,
+    pair_places,
+)
 
 
 class Matching(Contrastive):
@@ -68,7 +75,7 @@ class Matching(Contrastive):
         view = pairings_batch(batch, pictures, words)
         states = run(view).states["text"]
         last_states = states[torch.arange(len(pictures), device=states.device), view.text.order.argmax(dim=1)]
-        with torch.autocast("cpu" if last_states.is_meta else last_states.device.type, enabled=False):
+        with full_precision(last_states):
             return self.head(last_states.to(self.head.weight.dtype))
 
     def count(self, batch: Batch) -> dict[str, int]:
@@ -98,25 +105,19 @@ class Matching(Contrastive):
                 outputs[kind] = run(view)
             return outputs[kind]
 
-        losses = super().loss(run_once, batch)
-        for media in batch.media.values():
-            row, sample = pair_places(media)
-            with torch.no_grad():
-                similarity = self._embed_text(run_once, batch, row, sample) @ self.embed_media(run_once, batch).T
-            text_index, picture_index = hardest_negatives(similarity, excluded_pairs(batch, media))
-            pair_index = torch.arange(len(similarity), device=similarity.device)
-            has_negative = text_index >= 0
-            logits = self.match_logits(
-                run,
-                batch,
-                torch.cat([pair_index, pair_index[has_negative], picture_index[has_negative]]),
-                torch.cat([pair_index, text_index[has_negative], pair_index[has_negative]]),
-            )
-            labels = torch.zeros(len(logits), dtype=torch.int64, device=pair_index.device)
-            labels[: len(pair_index)] = 1
-            total = functional.cross_entropy(logits.float(), labels, reduction="sum")
-            losses["matching"] = (total, torch.tensor(len(logits), device=pair_index.device))
-        return losses
+        (media,) = batch.media.values()
+        pair_identities = identities(batch, media)
+        losses = self._contrast(run_once, batch, media, pair_identities)
+        with torch.no_grad():
+            texts = self._embed_text(run_once, batch, *pair_places(media))
+            pictures = self.embed_media(run_once, batch)
+            with full_precision(texts):
+                similarity = texts @ pictures.T
+        excluded = is_duplicate(pair_identities, pair_identities).fill_diagonal_(True)
+        picture_index, text_index, labels = matched_pairs(similarity, excluded)
+        logits = self.match_logits(run, batch, picture_index, text_index)
+        total = functional.cross_entropy(logits.float(), labels, reduction="sum")
+        return losses | {"matching": (total, torch.tensor(len(labels), device=labels.device))}
 
 
 def excluded_pairs(batch: Batch, media: MediaRows) -> Tensor:
@@ -134,6 +135,23 @@ def hardest_negatives(similarity: Tensor, excluded: Tensor) -> tuple[Tensor, Ten
     scores = similarity.masked_fill(excluded, -math.inf)
     has_none = excluded.all(dim=1)
     return tuple(torch.where(has_none, -1, scores.argmax(dim=dim)) for dim in (0, 1))  # type: ignore[return-value]
+
+
+def matched_pairs(similarity: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What is judged: every pair, then each picture with its hardest text, then each text with its hardest picture.
+
+    Args:
+        similarity: as for `hardest_negatives`.
+        excluded: as for `hardest_negatives`.
+
+    Returns:
+        the pairs whose picture and whose text is taken, and which of these belong together (1) or not (0): int64 ``[k]`` each.
+    """
+    text_index, picture_index = hardest_negatives(similarity, excluded)
+    pair_index, has_negative = torch.arange(len(similarity), device=similarity.device), text_index >= 0
+    pictures = torch.cat([pair_index, pair_index[has_negative], picture_index[has_negative]])
+    texts = torch.cat([pair_index, text_index[has_negative], pair_index[has_negative]])
+    return pictures, texts, (torch.arange(len(pictures), device=pictures.device) < len(pair_index)).long()
 
 
 def item_columns(rows: Rows, row: Tensor, sample: Tensor, segment: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -35,12 +35,13 @@ from xfusion.objectives.contrastive import (
     FIRST_SCALE,
     clipped_scale,
     duplicates,
+    full_precision,
     has_pairs,
     pair_places,
     project,
     symmetric_loss,
 )
-from xfusion.objectives.matching import excluded_pairs, hardest_negatives, item_columns
+from xfusion.objectives.matching import excluded_pairs, item_columns, matched_pairs
 
 ROW_STD = 0.02
 """Standard deviation that positions and the two rows start with, as in BERT and as the queries."""
@@ -148,11 +149,6 @@ class QueryPretraining(Objective):
         words = torch.cat([row.to(words.dtype).expand(len(ids), 1, -1), words], dim=1)
         return words + self.places.weight[: words.shape[1]], functional.pad(said, (1, 0), value=True)
 
-    @staticmethod
-    def _full_precision(ids: Tensor) -> torch.autocast:
-        """A block without autocast: cosines times 100 differ by less than bfloat16 can say."""
-        return torch.autocast("cpu" if ids.is_meta else ids.device.type, enabled=False)
-
     # -- loss
 
     def count(self, batch: Batch) -> dict[str, int]:
@@ -184,23 +180,18 @@ class QueryPretraining(Objective):
         text, text_mask = self._behind(self.summary, ids, said)
 
         queries, words = port.read(features, present, text, text_mask, "apart")
-        pair_index = torch.arange(len(ids), device=ids.device)
-        with self._full_precision(ids):
+        twins = duplicates(batch, media)
+        with full_precision(ids):
             dtype = self.words.weight.dtype
             text_vectors = project(self.words, words[:, 0].to(dtype))
             media_vectors = project(self.media, queries.to(dtype))
             similarity = torch.einsum("te,pke->tpk", text_vectors, media_vectors).amax(dim=-1)
             scores = clipped_scale(self.log_scale) * similarity
-            contrastive = symmetric_loss(scores, scores.T, duplicates(batch, media), pair_index)
+            contrastive = symmetric_loss(scores, scores.T, twins, torch.arange(len(ids), device=ids.device))
 
-        text_index, picture_index = hardest_negatives(similarity.detach(), excluded_pairs(batch, media))
-        has_negative = text_index >= 0
-        pictures = torch.cat([pair_index, pair_index[has_negative], picture_index[has_negative]])
-        texts = torch.cat([pair_index, text_index[has_negative], pair_index[has_negative]])
+        pictures, texts, labels = matched_pairs(similarity.detach(), twins.clone().fill_diagonal_(True))
         queries, _ = port.read(features[pictures], present[pictures], text[texts], text_mask[texts], "together")
-        labels = torch.zeros_like(pictures)
-        labels[: len(pair_index)] = 1
-        with self._full_precision(ids):
+        with full_precision(ids):
             logits = self.judge(queries.to(self.judge.weight.dtype)).mean(dim=1)
             matching = functional.cross_entropy(logits, labels, reduction="sum")
 
@@ -211,7 +202,7 @@ class QueryPretraining(Objective):
         logits = logits.to(self.words.weight.dtype)
         generation = functional.cross_entropy(logits, targets[is_target], reduction="sum")
         return {
-            self.name: (contrastive, torch.tensor(len(pair_index), device=ids.device)),
+            self.name: (contrastive, torch.tensor(len(ids), device=ids.device)),
             "matching": (matching, torch.tensor(len(labels), device=ids.device)),
             "generation": (generation, is_target.sum()),
         }
