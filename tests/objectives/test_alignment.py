@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from contracts.pretended import PRETENDED, Elsewhere, one_more_device
 from contracts.pretrained import make_clip
 from contracts.table import (
     LAYERS,
@@ -21,6 +22,7 @@ from contracts.table import (
     words,
 )
 from safetensors.torch import load_file
+from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPImageProcessor, CLIPModel
 
@@ -63,7 +65,8 @@ class Corners(Encoder):
 
     def maps(self, images):
         Corners.calls.append(len(images))
-        return torch.einsum("fc,nchw->nfhw", self.weight, functional.adaptive_avg_pool2d(images, 6))
+        weight = self.weight.to(images.device)
+        return torch.einsum("fc,nchw->nfhw", weight, functional.adaptive_avg_pool2d(images, 6))
 
     def features(self, images):
         return self.maps(images).mean((2, 3))
@@ -145,6 +148,35 @@ def test_each_picture_is_looked_at_once_and_the_oldest_are_forgotten(bases, monk
     monkeypatch.setattr(alignment, "CACHE_BYTES", 4 * 10 * 2)
     objective.features(pack([[Sequence(segments=(picture((2, 2), 50, noised=True, loss=True),))]]).media["image"])
     assert len(objective._cache) == 2
+
+
+@torch.no_grad()
+def test_pictures_are_copied_to_the_host_together_and_encoded_one_by_one(bases, monkeypatch):
+    """On a GPU each copy waits for all that was asked of it before. Encoded together, a picture's features would have other bits
+    with other pictures, and a resumed run, which has seen none, would differ.
+    """
+    waits, dispatch = [], Elsewhere.__torch_function__.__func__
+
+    def watched(cls, func, types, args=(), kwargs=None):
+        waits.extend([func] * (func in (Tensor.cpu, Tensor.tolist, Tensor.item, Tensor.__int__, Tensor.__bool__)))
+        return dispatch(cls, func, types, args, kwargs)
+
+    monkeypatch.setattr(Elsewhere, "__torch_function__", classmethod(watched))
+    counts = []
+    for pictures in (2, 7):
+        (objective,) = make(bases["llama"]).extra
+        rows = [[Sequence(segments=(picture((2, 2), i, noised=True, loss=True),))] for i in range(pictures)]
+        media = corrupted(pack(rows)).media["image"]
+        expected = objective.features(media)
+        objective._cache.clear()
+        Corners.calls.clear()
+        with one_more_device(monkeypatch):
+            waits.clear()
+            found = objective.features(media.to(PRETENDED))
+            counts.append(len(waits))
+            assert all(torch.equal(found[item].cpu(), feature) for item, feature in expected.items())
+        assert Corners.calls == [1] * pictures
+    assert counts[0] == counts[1] <= 8
 
 
 @pytest.mark.parametrize("patchwise", [False, True])

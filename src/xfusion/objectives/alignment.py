@@ -88,15 +88,22 @@ class Alignment(Objective):
         return functional.adaptive_avg_pool2d(maps, grid).flatten(2).transpose(1, 2)
 
     def features(self, media: MediaRows) -> dict[int, Tensor]:
-        """The encoder's features of the clean pictures with a drawing loss, ``[F]`` or ``[M, F]`` by item number; cached."""
-        clean, features_by_item = media.restored().tokens.float(), {}
-        for item in (media.has_loss & media.noised).nonzero()[:, 0].tolist():
-            is_token = media.item == item
+        """The encoder's features of the clean pictures with a drawing loss, ``[F]`` or ``[M, F]`` by item number; cached.
+
+        Pictures are copied from a device together and encoded one by one: the bits of a picture's features then do not depend
+        on which others were in the cache, and a resumed run, whose cache is empty, computes the same ones.
+        """
+        clean, features_by_item = media.restored().tokens.float().cpu(), {}
+        is_target, items = (media.has_loss & media.noised).cpu(), media.item.cpu()
+        grid_row, grid_column = media.grid_row.cpu(), media.grid_column.cpu()
+        for item in is_target.nonzero()[:, 0].tolist():
+            is_token = items == item
             tokens = clean[is_token]
-            key = hashlib.sha256(tokens.cpu().numpy().tobytes()).digest()
+            key = hashlib.sha256(tokens.numpy().tobytes()).digest()
             if key not in self._cache:
-                grid = (int(media.grid_row[is_token].max()) + 1, int(media.grid_column[is_token].max()) + 1)
-                self._cache[key] = self._encode(tokens[None], grid[0] * self.modality.step, grid)[0]
+                grid = (int(grid_row[is_token].max()) + 1, int(grid_column[is_token].max()) + 1)
+                on_device = tokens[None].to(media.tokens.device)
+                self._cache[key] = self._encode(on_device, grid[0] * self.modality.step, grid)[0]
             self._cache.move_to_end(key)
             features_by_item[item] = self._cache[key]
             while len(self._cache) > max(1, CACHE_BYTES // (4 * self._cache[key].numel())):
