@@ -299,3 +299,24 @@ def test_twenty_steps_lower_the_loss_and_leave_words_bit_equal(bases, infill, tm
     assert share_left(losses, "next_code") < 0.8
     out = Output(logits=None, vocabulary=None, media={})
     assert model.media_objective.loss(lambda _: out, batch_of((words(3, 1),))) == {}
+
+
+def test_losses_of_two_modalities_are_added():
+    """As their counts are."""
+    objective, batches = NextCode.Config().build(), []
+    for seed, count in ((1, 4), (2, 6)):
+        codes = torch.randint(ENTRIES, (count, 2), generator=torch.Generator().manual_seed(seed)).float()
+        item = Media(tokens=codes, grid=(1, count), state="noised", has_loss=True, bidirectional=False)
+        batches.append(pack([[Sequence(segments=(item,))]]))
+    media = [batch.media["image"] for batch in batches]
+    scores = [torch.randn(*m.item.shape, 2 * ENTRIES, generator=torch.Generator().manual_seed(3)) for m in media]
+
+    def loss(batch, **predictions):
+        output = Output(logits=lambda mask: mask, vocabulary=lambda states: states, media=predictions)
+        return objective.loss(lambda view: output, batch)["next_code"]
+
+    both = replace(batches[0], media=dict(zip(("image", "audio"), media, strict=True)))
+    total, count = loss(both, image=scores[0], audio=scores[1])
+    parts = [loss(batch, image=logits) for batch, logits in zip(batches, scores, strict=True)]
+    assert float(total) == pytest.approx(sum(float(part) for part, _ in parts))
+    assert int(count) == objective.count(both)["next_code"] == 20

@@ -1,5 +1,7 @@
 """Flow matching: t = 0 is clean, t = 1 is noise, in corruption, loss and sampling alike; held to diffusers."""
 
+from dataclasses import replace
+
 import numpy
 import pytest
 import torch
@@ -122,6 +124,26 @@ def test_the_three_predictions_cost_the_same_up_to_their_weights():
         assert found[prediction][0] == pytest.approx(float(value), rel=1e-4), prediction
     capped = loss_of_clean_estimate("clean", estimate, largest_weight=1.5)[0]
     assert capped == pytest.approx(float((per_item * (time[:2] ** -2).clamp(max=1.5)).sum()), rel=1e-4)
+
+
+def test_losses_of_two_modalities_are_added():
+    """As their counts are."""
+    objective = build()
+    one, other = (
+        objective.corrupt(batch_of(*items), generator(seed))
+        for seed, items in ((1, [(3, True, True)] * 2), (2, [(4, True, True)]))
+    )
+    both = replace(one, media={"image": one.media["image"], "audio": other.media["image"]})
+    predictions = {name: torch.zeros_like(media.tokens) for name, media in both.media.items()}
+
+    def loss(batch, **media):
+        output = Output(logits=lambda mask: mask, vocabulary=lambda states: states, media=media)
+        return objective.loss(lambda view: output, batch)[objective.name]
+
+    total, count = loss(both, **predictions)
+    parts = loss(one, image=predictions["image"]), loss(other, image=predictions["audio"])
+    assert float(total) == pytest.approx(sum(float(part) for part, _ in parts))
+    assert int(count) == objective.count(both)[objective.name] == 3
 
 
 def test_a_picture_counts_once_however_many_tokens_it_has():

@@ -25,7 +25,7 @@ from torch.nn import functional
 from xfusion.data.sequence import Batch, MediaRows, XFusionError
 from xfusion.modalities.base import Encoder
 from xfusion.modalities.encoders.efficientnet_lite import EfficientNetLite
-from xfusion.objectives.base import Losses, Objective, Run, noised_targets
+from xfusion.objectives.base import Losses, Objective, Run, add_loss, noised_targets
 
 CACHE_BYTES = 256 * 1024 * 1024
 """Size of the in-memory feature cache in bytes; the least recently used features are evicted."""
@@ -141,5 +141,5 @@ class Alignment(Objective):
                 else:
                     pooled = self.projection(media.mean(h)[is_target])
                     per_item = 1 - functional.cosine_similarity(pooled, torch.stack(list(features.values())), dim=-1)
-            losses[self.name] = (per_item.sum(), is_target.sum())
+            add_loss(losses, self.name, per_item.sum(), is_target.sum())
         return losses

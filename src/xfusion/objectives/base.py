@@ -191,8 +191,14 @@ class Denoising(Objective):
                 continue
             error = (run(batch).media[modality].float() - media.target).square().mean(dim=-1)  # [B, n]
             per_item = media.mean(error) * self.weigh(media.time)
-            losses[self.name] = (per_item[is_target].sum(), is_target.sum())
+            add_loss(losses, self.name, per_item[is_target].sum(), is_target.sum())
         return losses
+
+
+def add_loss(losses: Losses, name: str, total: Tensor, count: Tensor) -> None:
+    """Add one modality's sum and count to those of the others, as `Objective.count` does."""
+    others = losses.get(name)
+    losses[name] = (total, count) if others is None else (others[0] + total, others[1] + count)
 
 
 def noised_targets(name: str, batch: Batch) -> dict[str, int]:

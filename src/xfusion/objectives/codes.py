@@ -28,7 +28,7 @@ from torch.nn import functional
 from torch.nn.functional import cross_entropy
 
 from xfusion.data.sequence import IGNORE, Batch, MediaRows, Rows, XFusionError
-from xfusion.objectives.base import Drawer, Losses, Objective, Run
+from xfusion.objectives.base import Drawer, Losses, Objective, Run, add_loss
 from xfusion.objectives.solvers import Solver
 
 MASK, INFILL = -1, -2
@@ -131,7 +131,7 @@ class NextCode(Objective):
             if bool(has_label.any()):
                 logits = run(batch).media[modality][has_label].float().unflatten(-1, (labels.shape[-1], -1))
                 total = cross_entropy(logits.flatten(0, 1), labels[has_label].flatten(), reduction="sum")
-                losses[self.name] = (total, (labels != IGNORE).sum())
+                add_loss(losses, self.name, total, (labels != IGNORE).sum())
         return losses
 
     # -- sample
