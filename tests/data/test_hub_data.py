@@ -11,6 +11,7 @@ from PIL import Image
 
 from xfusion.data import hub as hub_files
 from xfusion.data import latents, shards
+from xfusion.data.files import Columns
 from xfusion.data.order import Order
 from xfusion.data.sequence import Unreadable, XFusionError
 from xfusion.data.sources import check, open_source
@@ -120,7 +121,7 @@ def test_a_hub_that_does_not_answer_is_no_broken_picture(hub, tmp_path):
         source.picture(0, 8)
     assert not isinstance(error.value, Unreadable)
     with pytest.raises(XFusionError, match="cannot be fetched from the hub"):
-        shards.read(f"hf://datasets/org/cards@{'f' * 40}/train.parquet")
+        shards.read(f"hf://datasets/org/cards@{'f' * 40}/train.parquet", Columns())
     hub.out_of_order = False
     assert source.picture(0, 8).size == (8, 8)
 

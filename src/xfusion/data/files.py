@@ -39,6 +39,18 @@ CAPTION_FIELDS = ("caption", "captions", "text")
 """Fields of a JSON line that may contain wordings; all that are present count, in this order."""
 QUESTION = "question"
 """Field of a JSON line that may contain a question."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What a spec such as ``photos.jsonl:caption=prompt`` names: fields of JSON, columns of a table, suffixes of tar members."""
+
+    captions: tuple[str, ...] = ()
+    """Those of wordings, instead of `CAPTION_FIELDS`; the first is the name."""
+    image: str | None = None
+    """That of the picture, or of the sound's path."""
+
+
 MARK = re.compile("<image>|<audio>")
 """Placeholder of the picture or sound in a conversation's turn."""
 METADATA = "metadata.jsonl"
@@ -80,7 +92,7 @@ SOUNDS = Kind(
 )
 
 
-def kind_of(path: Path) -> Kind:
+def kind_of(path: Path, columns: Columns) -> Kind:
     """The medium of a folder or a file of JSON lines: sounds if it contains sounds and no pictures, else pictures."""
     try:
         if path.is_file():
@@ -89,6 +101,8 @@ def kind_of(path: Path) -> Kind:
             row = json.loads(first_line.decode("utf-8-sig"))
             if not isinstance(row, dict):  # reported when it is read
                 return PICTURES
+            if columns.image:
+                row = {"file_name": row.get(columns.image, "")}
             name = row.get("file_name", "") if "image" not in row else ".png"
             return SOUNDS if "audio" in row or Path(str(name)).suffix.lower() in sounds.SUFFIXES else PICTURES
         suffixes = {file.suffix.lower() for file in path.rglob("[!.]*")} if path.is_dir() else set()
@@ -142,18 +156,18 @@ class Record:
             self.problems.append(Problem(kind=kind, where=where or self.origin, what=what))
 
 
-def read(path: Path, special_tokens: tuple[str, ...] = (), kind: Kind = PICTURES) -> tuple[list[Record], list[str]]:
+def read(path: Path, special_tokens: tuple[str, ...], kind: Kind, columns: Columns) -> tuple[list[Record], list[str]]:
     """Records in the order of the files, and notes on what was ignored.
 
     Raises:
-        XFusionError: there are no such examples at ``path``.
+        XFusionError: there are no such examples at ``path``, or no JSON lines whose fields ``columns`` could name.
     """
     try:
         if path.is_dir():
-            records, notes = _read_folder(path, kind)
+            records, notes = _read_folder(path, kind, columns)
         elif path.is_file() and path.suffix.lower() in (".jsonl", ".ndjson"):
             notes: list[str] = []
-            records = list(_read_lines(path, notes, kind))
+            records = list(_read_lines(path, notes, kind, columns))
         else:
             raise XFusionError(_no_source(path))
     except OSError as error:  # no read permission, a name that is too long, a failing disk
@@ -182,6 +196,8 @@ def _no_source(path: Path) -> str:
             " or a .jsonl file"
         )
         message = f"{path}: no such folder or file; data is {spec_forms}"
+        if option := re.search(r":(\w+)=[^:/]*$", str(path)):
+            message += f"; there is no option {option[1]}=: use weight, held, caption or image"
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
             message += (
                 f"; a data set of the hub is hf:{path}, where it holds parquet files, else it is downloaded first: hf download"
@@ -196,13 +212,23 @@ def _no_source(path: Path) -> str:
     return f"{path}: is neither a folder nor a .jsonl, .tar or .parquet file"
 
 
-def _read_folder(folder: Path, kind: Kind) -> tuple[list[Record], list[str]]:
+def refuse_columns(path: Path, columns: Columns) -> None:
+    """Raise `XFusionError` if a spec names columns of data that have none."""
+    if columns != Columns():
+        raise XFusionError(
+            f"{path}: has no columns: caption= and image= are for parquet, saved data sets, tars and JSON lines; leave them out"
+        )
+
+
+def _read_folder(folder: Path, kind: Kind, columns: Columns) -> tuple[list[Record], list[str]]:
     files = sorted(path for path in folder.rglob("[!.]*") if not path.is_dir() and not _is_hidden(path, folder))
     notes: list[str] = []
     records: list[Record] = []
+    if not any(path.name == METADATA for path in files):
+        refuse_columns(folder, columns)
     for path in files:
         if path.name == METADATA:
-            listed_records = list(_read_lines(path, notes, kind))
+            listed_records = list(_read_lines(path, notes, kind, columns))
             for record in listed_records:
                 record.id = (path.parent.relative_to(folder) / record.id).as_posix()
             records += listed_records
@@ -266,7 +292,7 @@ def _with_sidecar(path: Path, folder: Path, same_stem: list[str], *, has_metadat
     return record
 
 
-def _read_lines(path: Path, notes: list[str], kind: Kind) -> Iterator[Record]:
+def _read_lines(path: Path, notes: list[str], kind: Kind, columns: Columns) -> Iterator[Record]:
     """One record per line that is not blank."""
     num_longer = 0
     with path.open("rb") as file:
@@ -277,7 +303,7 @@ def _read_lines(path: Path, notes: list[str], kind: Kind) -> Iterator[Record]:
                 line = b""
             text = utf8(line, record, first=number == 1)
             if text:
-                num_longer += _fill(record, text, path.parent, kind)
+                num_longer += _fill(record, text, path.parent, kind, columns)
             if text or record.problems:
                 yield record
     if num_longer:
@@ -302,7 +328,7 @@ def utf8(line: bytes, record: Record, where: str | None = None, *, first: bool =
         return ""
 
 
-def _fill(record: Record, text: str, root: Path, kind: Kind) -> bool:
+def _fill(record: Record, text: str, root: Path, kind: Kind, columns: Columns) -> bool:
     """Read path, captions, question and group from a JSON line. Returns whether a conversation has further answers."""
     try:
         row = json.loads(text)
@@ -312,12 +338,15 @@ def _fill(record: Record, text: str, root: Path, kind: Kind) -> bool:
     if not isinstance(row, dict):
         record.add_problem("invalid JSON", f"expected an object in braces, found a {type(row).__name__}")
         return False
-    record.place = _path(row, record, root, kind)
-    return take_captions(row, record)
+    record.place = _path(row, record, root, kind, columns)
+    return take_captions(row, record, columns)
 
 
-def take_captions(row: Mapping[str, Any], record: Record) -> bool:
-    """Read captions, question and group from a row. Returns whether a conversation has further answers."""
+def take_captions(row: Mapping[str, Any], record: Record, columns: Columns, *, needed: bool = True) -> bool:
+    """Read captions, question and group from a row; without ``needed``, one without a field for captions is no problem.
+
+    Returns whether a conversation has further answers.
+    """
     if isinstance(group := row.get("group"), str) and group:
         if control_character(group):
             record.add_problem(
@@ -326,11 +355,12 @@ def take_captions(row: Mapping[str, Any], record: Record) -> bool:
         record.group = group
     if row.get(QUESTION) is not None:
         record.add_question(row[QUESTION])
-    fields = [name for name in CAPTION_FIELDS if name in row]
-    if not fields and "conversations" in row:
+    fields = [name for name in columns.captions or CAPTION_FIELDS if name in row]
+    if not fields and not columns.captions and "conversations" in row:
         return _conversation(row["conversations"], record)
-    if not fields:
-        record.add_problem("missing caption", f"no caption: expected {', '.join(CAPTION_FIELDS)} or conversations")
+    if not fields and needed:
+        expected = ", ".join(columns.captions) or f"{', '.join(CAPTION_FIELDS)} or conversations"
+        record.add_problem("missing caption", f"no caption: expected {expected}{_others(row, 'caption')}")
     for name in fields:
         wordings = row[name] if isinstance(row[name], list) else [row[name]]
         if all(isinstance(wording, str) for wording in wordings):
@@ -343,10 +373,17 @@ def take_captions(row: Mapping[str, Any], record: Record) -> bool:
     return False
 
 
-def _path(row: dict[str, Any], record: Record, root: Path, kind: Kind) -> Path | None:
-    missing, name = f"missing {kind.noun}", row.get("file_name", row.get(kind.field))
+def _others(row: Mapping[str, Any], option: str) -> str:
+    """What a row has instead of the fields that were expected."""
+    return f", found {', '.join(row)[:200]}: name the field by :{option}=FIELD behind the data" if row else ""
+
+
+def _path(row: dict[str, Any], record: Record, root: Path, kind: Kind, columns: Columns) -> Path | None:
+    missing = f"missing {kind.noun}"
+    name = row.get(columns.image) if columns.image else row.get("file_name", row.get(kind.field))
     if name is None:
-        record.add_problem(missing, f"no {kind.noun}: expected {kind.field} or file_name")
+        expected = columns.image or f"{kind.field} or file_name"
+        record.add_problem(missing, f"no {kind.noun}: expected {expected}{_others(row, 'image')}")
     elif not isinstance(name, str) or unprintable(name) or not name:
         record.add_problem(missing, f"the {kind.noun} must be a path, found {_start(name)}")
     elif name.startswith(("http://", "https://", "data:")):

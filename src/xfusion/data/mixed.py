@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from xfusion.data.sources import Source
 
+OPTION = re.compile(r"(.+):(weight|held|caption|image)=([^:]*)")
+"""The last option of a source's spec."""
 LARGEST_WEIGHT = 1000
 """Largest weight as an integer, so that shares are exact over a short stretch of samples."""
 
@@ -35,14 +37,30 @@ def parts(spec: str) -> list[tuple[str, Fraction]]:
         return []
     specs = []
     for source_spec in spec.split("+"):
-        match = re.fullmatch(r"(.+?)(?::weight=([^:]*))?(:held=[^:]*)?", source_spec.strip())
-        weight = match and (match[2] if match[2] is not None else "1")
-        if not match or not weight or not re.fullmatch(r"[0-9]*\.?[0-9]+", weight) or not Fraction(weight):
+        bare_spec, options = split_options(source_spec.strip())
+        weight = options.pop("weight", "1")
+        if not bare_spec or not re.fullmatch(r"[0-9]*\.?[0-9]+", weight) or not Fraction(weight):
             raise XFusionError(
                 f"{spec}: {source_spec.strip()!r} is no source with a weight: write photos:weight=2+emoji:weight=1"
             )
-        specs.append((match[1] + (match[3] or ""), Fraction(weight)))
+        specs.append((":".join([bare_spec, *(f"{name}={value}" for name, value in options.items())]), Fraction(weight)))
     return specs
+
+
+def split_options(spec: str) -> tuple[str, dict[str, str]]:
+    """``photos:held=0.1:caption=prompt`` -> ``("photos", {"held": "0.1", "caption": "prompt"})``.
+
+    Raises:
+        XFusionError: an option is there twice.
+    """
+    options: dict[str, str] = {}
+    bare_spec = spec
+    while not Path(bare_spec).exists() and (match := OPTION.fullmatch(bare_spec)):
+        bare_spec, name, value = match.groups()
+        if name in options:
+            raise XFusionError(f"{spec}: {name}= is there twice: leave one out")
+        options = {name: value, **options}
+    return bare_spec, options
 
 
 class Mixed:

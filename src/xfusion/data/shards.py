@@ -4,7 +4,8 @@ A shard is read by random access through an *index* of each picture's position, 
 index is built once, decoding every picture, and cached by the shard's path, size and date. So a step needs no iterator state,
 and a resumed run continues exactly.
 
-- ``.tar``: members of the same name are an example: a picture, and captions in ``.txt`` (one wording per line) or ``.json``;
+- ``.tar``: members of the same name are an example: a picture, and captions in ``.txt`` (one wording per line) or ``.json``,
+  or both, as img2dataset writes them;
 - ``.parquet``: one column of pictures (bytes, or a struct with ``bytes``), and captions in a column of that name;
 - a folder of ``Dataset.save_to_disk``: the same columns;
 - ``hf:ORG/NAME``: parquet files of the hub (`xfusion.data.hub`), whose pictures are not checked until a step needs them.
@@ -19,7 +20,7 @@ import logging
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -30,13 +31,13 @@ from typing import Any
 
 from xfusion.backbone import cache_folder
 from xfusion.data import hub, pictures
-from xfusion.data.files import CAPTION_FIELDS, MAX_LINE, QUESTION, Record, take_captions, unprintable, utf8
+from xfusion.data.files import CAPTION_FIELDS, MAX_LINE, QUESTION, Columns, Record, take_captions, unprintable, utf8
 from xfusion.data.report import Problem, one_line
 from xfusion.data.result_cache import ResultCache
 from xfusion.data.sequence import XFusionError
 from xfusion.storage import atomic_file, read_json
 
-INDEX_VERSION = 5
+INDEX_VERSION = 6
 """Changes when the content of an index or the checks change."""
 ROW_GROUP_BYTES = 512 * 1024 * 1024
 """Largest row group that is read: a picture's row group is loaded as a whole."""
@@ -123,7 +124,10 @@ def find(path: Path) -> Sequence[Path | str]:
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
         return [path]
     if path.is_dir():
-        return sorted(path.rglob("[!.]*.tar")) or sorted(path.rglob("[!.]*.parquet"))
+        parquets = sorted(path.rglob("[!.]*.parquet"))
+        if any(file.suffix.lower() in pictures.SUFFIXES for file in path.rglob("[!.]*")):
+            parquets = [file for file in parquets if not _is_plain_table(file)]
+        return sorted(path.rglob("[!.]*.tar")) or parquets
     if not any(character in text for character in "*?[{"):
         return []
     paths: set[Path] = set()
@@ -135,6 +139,17 @@ def find(path: Path) -> Sequence[Path | str]:
     return [shard for shard_path in sorted(paths) for shard in find(shard_path)]
 
 
+def _is_plain_table(path: Path) -> bool:
+    """Whether a parquet file holds no pictures: img2dataset writes one about the pictures beside each of its folders."""
+    import pyarrow
+
+    try:
+        with _open_parquet(path) as file:
+            return not any(_holds_bytes(field.type) for field in file.schema_arrow)
+    except (pyarrow.ArrowException, OSError):  # reported when it is read
+        return False
+
+
 def unread(path: Path, shards: Sequence[Path | str]) -> list[str]:
     """A note on the other data in a folder of shards: only these are read, tars before parquet files before loose files."""
     if not path.is_dir() or list(shards) == [path]:
@@ -144,21 +159,18 @@ def unread(path: Path, shards: Sequence[Path | str]) -> list[str]:
     names = sorted(file.relative_to(path).as_posix() for file in set(others) - set(map(Path, shards)))
     if not names:
         return []
-    ellipsis = ", ..." if len(names) > 3 else ""
-    return [
-        one_line(
-            f"{len(names)} files beside the shards were not read: {', '.join(n[:100] for n in names[:3])}{ellipsis}"
-        )
-    ]
+    return [f"{len(names)} files beside the shards were not read: {_first_names(names)}"]
 
 
-def read_all(shards: Sequence[Path | str], *, decode: bool = True) -> list[Record]:
-    """All examples of several shards, as `read`. If shards share a name, their examples' ids start with the folder."""
+def read_all(shards: Sequence[Path | str], columns: Columns, *, decode: bool = True) -> tuple[list[Record], list[str]]:
+    """All examples of several shards, as `read`, and a note on what was not read of tars. If shards share a name, their
+    examples' ids start with the folder.
+    """
     places = [PurePosixPath(shard) for shard in shards]
     names = Counter(place.name for place in places)
     levels = zip(*(place.parent.parts for place in places), strict=False)
     num_shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
-    by_shard = [read(shard, decode=decode) for shard in shards]
+    by_shard, unread_by_shard = zip(*(read(shard, columns, decode=decode) for shard in shards), strict=True)
     _estimate_lost(shards, by_shard)
     all_records = []
     for records, place in zip(by_shard, places, strict=True):
@@ -166,7 +178,15 @@ def read_all(shards: Sequence[Path | str], *, decode: bool = True) -> list[Recor
             for record in records:
                 record.id = "/".join((*place.parent.parts[num_shared:], record.id))
         all_records += records
-    return all_records
+    names = [f"{place.name}/{name}" for place, unread in zip(places, unread_by_shard, strict=True) for name in unread]
+    if not names:
+        return all_records, []
+    what = "members of tars are neither the picture nor the words of an example and were not read"
+    return all_records, [f"{len(names)} {what}: {_first_names(names)}"]
+
+
+def _first_names(names: Sequence[str]) -> str:
+    return one_line(", ".join(name[:100] for name in names[:3]) + (", ..." if len(names) > 3 else ""))
 
 
 def _estimate_lost(shards: Sequence[Path | str], by_shard: Sequence[list[Record]]) -> None:
@@ -184,13 +204,12 @@ def _estimate_lost(shards: Sequence[Path | str], by_shard: Sequence[list[Record]
                 record.stands_for = max(1, round(size * num_examples / num_bytes)) if num_bytes else 1
 
 
-def read(path: Path | str, *, decode: bool = True) -> list[Record]:
-    """All examples of a shard, with their pictures checked (except on the hub); from the index if it is cached."""
-    key = (
-        [INDEX_VERSION, path]
-        if isinstance(path, str)
-        else [INDEX_VERSION, str(path.resolve()), decode, *_sizes_and_dates(path)]
-    )
+def read(path: Path | str, columns: Columns, *, decode: bool = True) -> tuple[list[Record], list[str]]:
+    """All examples of a shard, with their pictures checked (except on the hub), and the names of the members of a tar that
+    were not read; from the index if it is cached.
+    """
+    place = [path] if isinstance(path, str) else [str(path.resolve()), decode, *_sizes_and_dates(path)]
+    key = [INDEX_VERSION, asdict(columns), *place]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     index = cache_folder() / "shards" / f"{PurePosixPath(path).stem}-{digest}.jsonl"
     if index.is_file():
@@ -198,19 +217,23 @@ def read(path: Path | str, *, decode: bool = True) -> list[Record]:
             return _read_index(index, path)
         except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             logger.warning("%s: its index %s cannot be read (%s): it is built anew", path, index, _error_line(error))
-    records = list(_hub_records(path) if isinstance(path, str) else _check_pictures(path, decode))
+    unread_names: list[str] = []
+    if isinstance(path, str):
+        records = list(_hub_records(path, columns))
+    else:
+        records = list(_check_pictures(path, columns, unread_names, decode))
     try:
-        _write_index(index, records)
+        _write_index(index, records, unread_names)
     except XFusionError as error:
         logger.warning("%s: its index cannot be kept (%s): it is built at every start", path, error)
-    return records
+    return records, unread_names
 
 
-def _hub_records(address: str) -> Iterator[Record]:
+def _hub_records(address: str, columns: Columns) -> Iterator[Record]:
     """Records whose pictures are not checked: each is its own group unless the data says otherwise, and its content counts
     as changed when the data set gets another commit.
     """
-    for record in _parquet_records(address):
+    for record in _parquet_records(address, columns):
         if record.place is not None:
             record.group = record.group or _short_hash(hub.without_commit(record.origin))
             record.content = _short_hash(record.origin)
@@ -221,14 +244,14 @@ def _short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _check_pictures(path: Path, decode: bool) -> Iterator[Record]:
-    """Records with each picture checked and hashed."""
+def _check_pictures(path: Path, columns: Columns, unread_names: list[str], decode: bool) -> Iterator[Record]:
+    """Records with each picture checked and hashed. Appends to ``unread_names``."""
     if path.suffix == ".tar":
-        records = _tar_records(path)
+        records = _tar_records(path, columns, unread_names)
     elif path.suffix == ".parquet":
-        records = _parquet_records(path)
+        records = _parquet_records(path, columns)
     else:
-        records = _dataset_records(path)
+        records = _dataset_records(path, columns)
 
     def check(record: Record) -> Record:
         if any(problem.kind in ("broken member", "broken picture") for problem in record.problems):
@@ -257,8 +280,10 @@ def _check_pictures(path: Path, decode: bool) -> Iterator[Record]:
 # ---------------------------------------------------------------------------------------------------------------- tar
 
 
-def _tar_records(path: Path) -> Iterator[Record]:
-    """Members of the same name form a record; bytes that belong to no member are reported as a problem."""
+def _tar_records(path: Path, columns: Columns, unread_names: list[str]) -> Iterator[Record]:
+    """Members of the same name form a record; bytes that belong to no member are reported as a problem. The names of members
+    that are neither picture nor words are appended to ``unread_names``.
+    """
     split = _webdataset().tariterators.base_plus_ext
     members, problems = _members(path)
     by_key: dict[str, list[tuple[str, tarfile.TarInfo]]] = {}
@@ -266,53 +291,87 @@ def _tar_records(path: Path) -> Iterator[Record]:
         key, extension = split(member.name)
         if key is not None and not Path(member.name).name.startswith("."):
             by_key.setdefault(key, []).append((extension.lower(), member))
+        else:
+            unread_names.append(member.name)
     file_size = path.stat().st_size
     for key, same_key in by_key.items():
-        record = Record(id=f"{path.name}/{key}", origin=f"{path}/{key}", place=None)
-        if (character := unprintable(key)) is not None:
-            record.add_problem(
-                "invalid name", f"the name contains the character U+{ord(character):04X}: rename the member"
-            )
-        elif ".." in PurePosixPath(key).parts:
-            record.add_problem("path outside", "the name leaves the tar by ..: rename the member")
-        captions_seen: set[str] = set()
-        for extension, member in same_key:
-            place = Member(path, member.offset_data, member.size, member.name)
-            origin = f"{path}/{member.name}"
-            if extension in ("txt", "json"):
-                if extension in captions_seen:
-                    record.add_problem("duplicated name", f"{member.name} is there twice: remove one", origin)
-                captions_seen.add(extension)
-            if member.offset_data + member.size > file_size:
-                record.add_problem("broken member", f"needs {member.size} bytes, the file ends before", origin)
-                if f".{extension.rpartition('.')[2]}" in pictures.SUFFIXES:
-                    record.place = record.place or place
-            elif f".{extension.rpartition('.')[2]}" in pictures.SUFFIXES:
-                if record.place is not None:
-                    record.add_problem("duplicated name", f"{record.place.name} has the same name: rename one", origin)
-                record.place = place
-                if member.size > pictures.MAX_BYTES:
-                    millions = pictures.MAX_BYTES // 1_000_000
-                    record.add_problem(
-                        "broken picture", f"has {member.size:,} bytes, more than {millions} million", origin
-                    )
-            elif extension in ("txt", "json") and member.size > MAX_LINE:
-                record.add_problem("long caption", f"is longer than {MAX_LINE:,} bytes: no caption", origin)
-            elif extension == "txt":
-                for number, line in enumerate(place.read_bytes().split(b"\n"), start=1):
-                    if text := utf8(line, record, f"{origin}:{number}", first=number == 1):
-                        record.add_caption(text)
-            elif extension == "json" and (text := utf8(place.read_bytes(), record, origin, first=True)):
-                _read_json_captions(text, record)
-        if record.place is None and not record.problems:
-            record.add_problem("missing picture", f"no picture among {', '.join(e for e, _ in same_key)}")
-        if not record.captions and not record.problems:
-            record.add_problem("missing caption", f"no caption: there is no {Path(key).name}.txt or .json beside it")
-        yield record
+        yield _tar_record(path, key, same_key, columns, file_size, unread_names)
     bytes_read = sum(member.offset_data - member.offset + _padded(member.size) for member in members)
     for number, (problem, num_bytes) in enumerate(problems):
         lost = max(1, round(num_bytes * len(by_key) / bytes_read)) if by_key else 0
         yield _broken_record(path, f"{path.name}#{number}", problem, lost)
+
+
+def _tar_record(
+    path: Path,
+    key: str,
+    same_key: list[tuple[str, tarfile.TarInfo]],
+    columns: Columns,
+    file_size: int,
+    unread_names: list[str],
+) -> Record:
+    """The example of the members of one name, each with its suffix."""
+    record = Record(id=f"{path.name}/{key}", origin=f"{path}/{key}", place=None)
+    if (character := unprintable(key)) is not None:
+        problem = f"the name contains the character U+{ord(character):04X}: rename the member"
+        record.add_problem("invalid name", problem)
+    elif ".." in PurePosixPath(key).parts:
+        record.add_problem("path outside", "the name leaves the tar by ..: rename the member")
+    suffixes = [suffix for suffix, _ in same_key]
+    picture_suffixes = [columns.image.lower()] if columns.image else _picture_suffixes(suffixes)
+    if len(picture_suffixes) > 1:
+        several = f"{' and '.join(picture_suffixes)} are pictures of one name"
+        remedy = f"rename one, or say which by :image={picture_suffixes[0]} behind the data"
+        record.add_problem("duplicated name", f"{several}: {remedy}")
+    text_suffixes = tuple(map(str.lower, columns.captions)) or ("txt",)
+    if columns.captions:  # the first that is named is the example's name
+        same_key = sorted(same_key, key=lambda item: text_suffixes.index(item[0]) if item[0] in text_suffixes else -1)
+    with_words = [member.name for suffix, member in same_key if suffix in (*text_suffixes, "json")]
+    seen: set[str] = set()
+    for suffix, member in same_key:
+        place = Member(path, member.offset_data, member.size, member.name)
+        origin = f"{path}/{member.name}"
+        is_picture = suffix in picture_suffixes
+        if suffix in seen and (is_picture or member.name in with_words):
+            record.add_problem("duplicated name", f"{member.name} is there twice: remove one", origin)
+        seen.add(suffix)
+        if member.offset_data + member.size > file_size:
+            record.add_problem("broken member", f"needs {member.size} bytes, the file ends before", origin)
+            if is_picture:
+                record.place = record.place or place
+        elif is_picture:
+            record.place = place
+            if member.size > pictures.MAX_BYTES:
+                problem = f"has {member.size:,} bytes, more than {pictures.MAX_BYTES // 1_000_000} million"
+                record.add_problem("broken picture", problem, origin)
+        elif member.name not in with_words:
+            unread_names.append(member.name)
+        elif member.size > MAX_LINE:
+            record.add_problem("long caption", f"is longer than {MAX_LINE:,} bytes: no caption", origin)
+        elif suffix in text_suffixes:
+            for number, line in enumerate(place.read_bytes().split(b"\n"), start=1):
+                if text := utf8(line, record, f"{origin}:{number}", first=number == 1):
+                    record.add_caption(text)
+        elif text := utf8(place.read_bytes(), record, origin, first=True):
+            _read_json_captions(text, record, columns, needed=len(with_words) == 1)
+    if record.place is None and not record.problems:
+        expected = f"picture {columns.image}" if columns.image else "picture"
+        record.add_problem("missing picture", f"no {expected} among {', '.join(suffixes)[:200]}")
+    if not record.captions and not record.problems:
+        if with_words:
+            record.add_problem("empty caption", f"no caption in {' or '.join(with_words)}")
+        else:
+            expected = " or ".join(f"{PurePosixPath(key).name}.{suffix}" for suffix in (*text_suffixes, "json"))
+            record.add_problem("missing caption", f"no caption: there is no {expected} beside it")
+    return record
+
+
+def _picture_suffixes(suffixes: Iterable[str]) -> list[str]:
+    """Suffixes of an example's picture, of which there should be one: in webdataset's convention ``001.mask.png`` beside
+    ``001.jpg`` is another column.
+    """
+    found = [suffix for suffix in dict.fromkeys(suffixes) if f".{suffix.rpartition('.')[2]}" in pictures.SUFFIXES]
+    return [suffix for suffix in found if suffix.count(".") == min(other.count(".") for other in found)]
 
 
 def _members(path: Path) -> tuple[list[tarfile.TarInfo], list[tuple[str, int]]]:
@@ -369,14 +428,14 @@ def _holds_data(file: Any, start: int, end: int) -> bool:
     return False
 
 
-def _read_json_captions(text: str, record: Record) -> None:
+def _read_json_captions(text: str, record: Record, columns: Columns, *, needed: bool) -> None:
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
         record.add_problem("invalid JSON", f"its .json is not JSON: {error}")
         return
     if isinstance(row, dict):
-        take_captions(row, record)
+        take_captions({key: value for key, value in row.items() if value is not None}, record, columns, needed=needed)
     else:
         record.add_problem("invalid JSON", f"its .json holds a {type(row).__name__}, expected an object in braces")
 
@@ -397,7 +456,7 @@ def _open_parquet(path: Path | str) -> Iterator[Any]:
             yield file
 
 
-def _parquet_records(path: Path | str) -> Iterator[Record]:
+def _parquet_records(path: Path | str, columns: Columns) -> Iterator[Record]:
     """One record per row; a row group that cannot be read is one problem."""
     import pyarrow
 
@@ -407,16 +466,16 @@ def _parquet_records(path: Path | str) -> Iterator[Record]:
         except (pyarrow.ArrowException, OSError) as error:
             yield _broken_record(path, PurePosixPath(path).name, f"cannot be read as parquet: {_error_line(error)}", 0)
             return
-        yield from _row_groups(path, file)
+        yield from _row_groups(path, columns, file)
 
 
-def _row_groups(path: Path | str, file: Any) -> Iterator[Record]:
+def _row_groups(path: Path | str, columns: Columns, file: Any) -> Iterator[Record]:
     import pyarrow
 
     file_name = PurePosixPath(path).name
     # A hub that does not answer is not a broken file: that error passes through.
     failures = (pyarrow.ArrowException, OSError) if isinstance(path, Path) else (pyarrow.ArrowException,)
-    picture_column, text_columns = _columns(path, file.schema_arrow)
+    picture_column, text_columns = _columns(path, file.schema_arrow, columns)
     number = 0
     for group in range(file.num_row_groups):
         metadata = file.metadata.row_group(group)
@@ -440,11 +499,11 @@ def _row_groups(path: Path | str, file: Any) -> Iterator[Record]:
             number += metadata.num_rows
         for row, values in enumerate(rows):
             name = f"{file_name}:{number}"
-            yield _row_record(name, f"{path}:{number}", Cell(path, group, row, picture_column, name), values)
+            yield _row_record(name, f"{path}:{number}", Cell(path, group, row, picture_column, name), values, columns)
             number += 1
 
 
-def _dataset_records(path: Path) -> Iterator[Record]:
+def _dataset_records(path: Path, columns: Columns) -> Iterator[Record]:
     """One record per row of a saved data set; a chunk of rows that cannot be read is one problem."""
     import pyarrow
 
@@ -455,7 +514,7 @@ def _dataset_records(path: Path) -> Iterator[Record]:
     except Exception as error:  # of Arrow, the system, or an invalid JSON file
         yield _broken_record(path, path.name, f"cannot be read as a saved data set: {_error_line(error)}", 0)
         return
-    picture_column, text_columns = _columns(path, table.data.schema)
+    picture_column, text_columns = _columns(path, table.data.schema, columns)
     texts = table.select_columns(text_columns)
     for start in range(0, len(texts), ROWS_TOGETHER):
         end = min(start + ROWS_TOGETHER, len(texts))
@@ -471,7 +530,7 @@ def _dataset_records(path: Path) -> Iterator[Record]:
             continue
         for number, values in enumerate(rows, start=start):
             name = f"{path.name}:{number}"
-            yield _row_record(name, f"{path}:{number}", Row(path, number, picture_column, name), values)
+            yield _row_record(name, f"{path}:{number}", Row(path, number, picture_column, name), values, columns)
 
 
 def _rows(table: Any) -> list[dict[str, Any] | UnicodeDecodeError]:
@@ -488,38 +547,48 @@ def _rows(table: Any) -> list[dict[str, Any] | UnicodeDecodeError]:
     return rows
 
 
-def _row_record(name: str, origin: str, place: Cell | Row, values: dict[str, Any] | UnicodeDecodeError) -> Record:
+def _row_record(
+    name: str, origin: str, place: Cell | Row, values: dict[str, Any] | UnicodeDecodeError, columns: Columns
+) -> Record:
     record = Record(id=name, origin=origin, place=place)
     if isinstance(values, UnicodeDecodeError):
         byte = values.object[values.start]
         record.add_problem("invalid UTF-8", f"not UTF-8: byte 0x{byte:02x} of its words; write them as UTF-8")
         return record
-    take_captions({key: value for key, value in values.items() if value is not None}, record)
+    take_captions({key: value for key, value in values.items() if value is not None}, record, columns)
     return record
 
 
-def _columns(path: Path | str, schema: Any) -> tuple[str, list[str]]:
-    """The column of pictures, and the columns of text."""
+def _holds_bytes(kind: Any) -> bool:
     import pyarrow
 
-    def holds_bytes(kind: Any) -> bool:
-        if pyarrow.types.is_struct(kind):
-            return kind.get_field_index("bytes") >= 0
-        return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+    if pyarrow.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0
+    return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
 
-    picture_columns = [field.name for field in schema if holds_bytes(field.type)]
-    text_columns = [name for name in (*CAPTION_FIELDS, "conversations", QUESTION, "group") if name in schema.names]
-    if "image" in picture_columns:
-        picture_columns = ["image"]
+
+def _columns(path: Path | str, schema: Any, columns: Columns) -> tuple[str, list[str]]:
+    """The column of pictures, and the columns of text."""
+    picture_columns = [field.name for field in schema if _holds_bytes(field.type)]
+    there = f"its columns {', '.join(schema.names)}"
+    if columns.image or "image" in picture_columns:
+        picture_columns = [name for name in picture_columns if name == (columns.image or "image")]
+    if columns.image and not picture_columns:
+        raise XFusionError(f"{path}: of {there} none is called {columns.image} and holds pictures")
     if len(picture_columns) != 1:
         raise XFusionError(
-            f"{path}: {len(picture_columns)} of its columns {', '.join(schema.names)} hold pictures: name one of them image"
+            f"{path}: {len(picture_columns)} of {there} hold pictures: say which by :image=COLUMN behind the data"
         )
-    if not set(text_columns) - {QUESTION, "group"}:
+    for name in columns.captions:
+        if name not in schema.names:
+            raise XFusionError(f"{path}: of {there} none is called {name}")
+    caption_columns = [name for name in columns.captions or (*CAPTION_FIELDS, "conversations") if name in schema.names]
+    if not caption_columns:
         raise XFusionError(
-            f"{path}: none of its columns {', '.join(schema.names)} holds words: name one {', '.join(CAPTION_FIELDS)}"
+            f"{path}: none of {there} is called {', '.join(CAPTION_FIELDS)}: say which holds words by :caption=COLUMN"
+            " behind the data"
         )
-    return picture_columns[0], text_columns
+    return picture_columns[0], [*caption_columns, *(name for name in (QUESTION, "group") if name in schema.names)]
 
 
 def _picture_bytes(value: Any) -> bytes:
@@ -590,22 +659,22 @@ def _sizes_and_dates(path: Path) -> Iterator[int]:
         yield from (stat.st_size, stat.st_mtime_ns)
 
 
-def _write_index(index: Path, records: Sequence[Record]) -> None:
-    """Write the number of records, then one record per line."""
+def _write_index(index: Path, records: Sequence[Record], unread_names: Sequence[str]) -> None:
+    """Write the number of records with the names of what was not read, then one record per line."""
     with atomic_file(index) as temporary, temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps({"records": len(records)}) + "\n")
+        file.write(json.dumps({"records": len(records), "unread": unread_names}) + "\n")
         for record in records:
             file.write(json.dumps(_to_json(record)) + "\n")
 
 
-def _read_index(index: Path, path: Path | str) -> list[Record]:
+def _read_index(index: Path, path: Path | str) -> tuple[list[Record], list[str]]:
     """Read what `_write_index` wrote. Raises some error if it is incomplete, for example after a power cut."""
     with index.open(encoding="utf-8") as file:
-        expected = json.loads(file.readline())["records"]
+        header = json.loads(file.readline())
         records = [_from_json(json.loads(line), path) for line in file]
-    if len(records) != expected:
-        raise ValueError(f"{len(records)} of {expected} records")
-    return records
+    if len(records) != header["records"]:
+        raise ValueError(f"{len(records)} of {header['records']} records")
+    return records, header["unread"]
 
 
 def _to_json(record: Record) -> dict[str, Any]:

@@ -8,6 +8,9 @@ three samples come from photos.
 All user data is used for training unless the spec ends in a held-out share, as in ``photos:held=0.1``. Groups are then held
 out by the hash of their name, so adding pictures later moves none to the other split. A group is given by the file's field
 ``group``; otherwise it is all copies of the same picture file.
+
+``data.parquet:caption=prompt:image=photo`` names the columns of words and pictures, where they are not called as usual; the
+same goes for fields of JSON lines and for suffixes of a tar's members.
 """
 
 from __future__ import annotations
@@ -28,8 +31,9 @@ from typing import TYPE_CHECKING, Protocol, Self, TypeVar, cast
 
 from xfusion.data import files, latents, pictures, shards
 from xfusion.data.emoji import Emoji
+from xfusion.data.files import Columns
 from xfusion.data.latents import Latents
-from xfusion.data.mixed import Mixed, parts
+from xfusion.data.mixed import Mixed, parts, split_options
 from xfusion.data.pictures import Place
 from xfusion.data.report import CaptionStats, Problem, Report, look_alikes
 from xfusion.data.sequence import Example, Sound, Unreadable, XFusionError
@@ -194,13 +198,13 @@ def open_source(
     if (emoji := _open_emoji(spec, split) if isinstance(spec, str) else None) is not None:
         return emoji
     spec = os.fspath(spec)
-    path, held_share = _held_share(spec)
+    path, held_share, columns = _read_spec(spec)
     if split == "held" and not held_share and path.exists():  # all of it is used for training, whatever it contains
         raise XFusionError(_empty_split(spec, split, held_share, 0))
     if latents.is_folder(path):
         report = _inspect_latents(Latents(path, spec), special_tokens)
     else:
-        report = _inspect(spec, path, special_tokens, decode, unreadable)
+        report = _inspect(spec, path, columns, special_tokens, decode, unreadable)
     if report.num_bad and (report.share_bad > allow_bad or report.num_bad == report.num_examples):
         raise XFusionError(_too_many_message(report, allow_bad))
     if report.num_bad:
@@ -234,10 +238,11 @@ def check(spec: str | os.PathLike[str], *, special_tokens: tuple[str, ...] = ())
     emoji = _open_emoji(spec, "all" if spec == "emoji" else "train") if isinstance(spec, str) else None
     if emoji is None:
         spec = os.fspath(spec)
-        if latents.is_folder(_held_share(spec)[0]):
-            encoded = Latents(_held_share(spec)[0], spec)
+        path, _, columns = _read_spec(spec)
+        if latents.is_folder(path):
+            encoded = Latents(path, spec)
             return _inspect_latents(encoded, special_tokens, encoded.altered_shards())
-        report = _inspect(spec, _held_share(spec)[0], special_tokens, decode=True)
+        report = _inspect(spec, path, columns, special_tokens, decode=True)
         if report.source is None or isinstance(report.source, Sounds):
             return report
         return replace(report, notes=(*report.notes, *look_alikes(report.source)))
@@ -260,18 +265,20 @@ def _open_emoji(spec: str, split: str) -> Emoji | None:
     return Emoji(split=split, num_concepts=int(number) if colon else None)
 
 
-def _held_share(spec: str) -> tuple[Path, float]:
-    """Path and share of ``photos:held=0.1``."""
-    match = re.fullmatch(r"(.+):held=(.*)", spec)
-    if Path(spec).exists():
-        return Path(spec), 0.0
-    if ":weight=" in spec:
+def _read_spec(spec: str) -> tuple[Path, float, Columns]:
+    """Path, held-out share and columns of ``photos.jsonl:held=0.1:caption=prompt``."""
+    bare_spec, options = split_options(spec)
+    path, held = Path(bare_spec), options.get("held", "0")
+    if "weight" in options:
         raise XFusionError(f"{spec}: a weight is for one of several sources: write photos:weight=2+emoji:weight=1")
-    if match is None:
-        return Path(spec), 0.0
-    if not re.fullmatch(r"0?\.[0-9]+", match[2]) or not 0 < float(match[2]) < 1:
-        raise XFusionError(f"{spec}: the held-out share is {match[2]!r}: write one between 0 and 1, such as held=0.1")
-    return Path(match[1]), float(match[2])
+    if "held" in options and (not re.fullmatch(r"0?\.[0-9]+", held) or not 0 < float(held) < 1):
+        raise XFusionError(f"{spec}: the held-out share is {held!r}: write one between 0 and 1, such as held=0.1")
+    columns = Columns(tuple(options["caption"].split(",")) if "caption" in options else (), options.get("image"))
+    if "" in (*columns.captions, columns.image):
+        raise XFusionError(f"{spec}: names no column: write caption=COLUMN or image=COLUMN")
+    if latents.is_folder(path):
+        files.refuse_columns(path, columns)
+    return path, float(held), columns
 
 
 def _split_of(group: str, held_share: float) -> str:
@@ -282,6 +289,7 @@ def _split_of(group: str, held_share: float) -> str:
 def _inspect(
     spec: str,
     path: Path,
+    columns: Columns,
     special_tokens: tuple[str, ...],
     decode: bool,
     unreadable: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
@@ -289,13 +297,14 @@ def _inspect(
     """Read all records and open every picture once."""
     kind = files.PICTURES
     if shard_paths := shards.find(path):
-        records, notes = shards.read_all(shard_paths, decode=decode), shards.unread(path, shard_paths)
+        records, notes = shards.read_all(shard_paths, columns, decode=decode)
+        notes += shards.unread(path, shard_paths)
         if not records:
-            raise XFusionError(f"{spec}: {len(shard_paths)} shards without an example; see xfusion data check --help")
+            raise XFusionError("; ".join([f"{spec}: {len(shard_paths)} shards without an example", *notes]))
         files.check(records, special_tokens)
     else:
-        kind = files.kind_of(path)
-        records, notes = files.read(path, special_tokens, kind)
+        kind = files.kind_of(path, columns)
+        records, notes = files.read(path, special_tokens, kind, columns)
     paths = list(dict.fromkeys(record.place for record in records if isinstance(record.place, Path)))
     problems_of = dict(zip(paths, map(kind.header_problem, paths), strict=True))
     intact_paths = [path for path in paths if problems_of[path] is None]
