@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
-from xfusion.data import shards
+from xfusion.data import shards, tars
 from xfusion.data.mixture import Mixture, MixtureConfig, order_of
 from xfusion.data.order import Order
 from xfusion.data.result_cache import ResultCache
@@ -134,8 +134,8 @@ def test_questions_stand_in_shards_and_in_their_index(tmp_path, cache, kind):
 
 
 def test_an_index_is_built_once_and_again_when_the_shard_changes(tmp_path, cache, monkeypatch):
-    path, built, tar = write_tar(tmp_path / "a.tar", range(3)), [], shards._tar_records
-    monkeypatch.setattr(shards, "_tar_records", lambda p, *how: built.append(p) or tar(p, *how))
+    path, built, tar = write_tar(tmp_path / "a.tar", range(3)), [], tars.records
+    monkeypatch.setattr(tars, "records", lambda p, *how: built.append(p) or tar(p, *how))
     for _ in range(3):
         assert len(open_source(path)) == 3
     assert len(built) == 1 and len(list(cache.iterdir())) == 1

@@ -4,8 +4,7 @@ A shard is read by random access through an *index* of each picture's position, 
 index is built once, decoding every picture, and cached by the shard's path, size and date. So a step needs no iterator state,
 and a resumed run continues exactly.
 
-- ``.tar``: members of the same name are an example: a picture, and captions in ``.txt`` (one wording per line) or ``.json``,
-  or both, as img2dataset writes them;
+- ``.tar``: members of the same name are an example (`xfusion.data.tars`);
 - ``.parquet``: one column of pictures (bytes, or a struct with ``bytes``), and captions in a column of that name;
 - a folder of ``Dataset.save_to_disk``: the same columns;
 - ``hf:ORG/NAME``: parquet files of the hub (`xfusion.data.hub`), whose pictures are not checked until a step needs them.
@@ -18,9 +17,8 @@ import hashlib
 import json
 import logging
 import os
-import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -30,11 +28,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from xfusion.backbone import cache_folder
-from xfusion.data import hub, pictures
-from xfusion.data.files import CAPTION_FIELDS, MAX_LINE, QUESTION, Columns, Record, take_captions, unprintable, utf8
+from xfusion.data import hub, pictures, tars
+from xfusion.data.files import CAPTION_FIELDS, QUESTION, Columns, Record, take_captions
 from xfusion.data.report import Problem, one_line
 from xfusion.data.result_cache import ResultCache
 from xfusion.data.sequence import XFusionError
+from xfusion.data.tars import Member, broken_record, webdataset
 from xfusion.storage import atomic_file, read_json
 
 INDEX_VERSION = 6
@@ -48,22 +47,6 @@ ROWS_TOGETHER = 1000
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 STREAMS = ("hf://", "http://", "https://", "s3://", "gs://", "pipe:")
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Member:
-    """A picture in a tar."""
-
-    path: Path
-    offset: int
-    size: int
-    name: str
-
-    def read_bytes(self) -> bytes:
-        """The member's content, up to the end of the file."""
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
 
 
 @dataclass(frozen=True)
@@ -131,7 +114,7 @@ def find(path: Path) -> Sequence[Path | str]:
     if not any(character in text for character in "*?[{"):
         return []
     paths: set[Path] = set()
-    for pattern in _webdataset().shardlists.expand_urls(text):
+    for pattern in webdataset().shardlists.expand_urls(text):
         found = glob.glob(pattern)
         if not found and not any(character in pattern for character in "*?["):
             raise XFusionError(f"{text}: there is no {pattern}: name the shards that exist")
@@ -247,7 +230,7 @@ def _short_hash(text: str) -> str:
 def _check_pictures(path: Path, columns: Columns, unread_names: list[str], decode: bool) -> Iterator[Record]:
     """Records with each picture checked and hashed. Appends to ``unread_names``."""
     if path.suffix == ".tar":
-        records = _tar_records(path, columns, unread_names)
+        records = tars.records(path, columns, unread_names)
     elif path.suffix == ".parquet":
         records = _parquet_records(path, columns)
     else:
@@ -277,169 +260,6 @@ def _check_pictures(path: Path, columns: Columns, unread_names: list[str], decod
             yield from pool.map(check, chunk)
 
 
-# ---------------------------------------------------------------------------------------------------------------- tar
-
-
-def _tar_records(path: Path, columns: Columns, unread_names: list[str]) -> Iterator[Record]:
-    """Members of the same name form a record; bytes that belong to no member are reported as a problem. The names of members
-    that are neither picture nor words are appended to ``unread_names``.
-    """
-    split = _webdataset().tariterators.base_plus_ext
-    members, problems = _members(path)
-    by_key: dict[str, list[tuple[str, tarfile.TarInfo]]] = {}
-    for member in members:
-        key, extension = split(member.name)
-        if key is not None and not Path(member.name).name.startswith("."):
-            by_key.setdefault(key, []).append((extension.lower(), member))
-        else:
-            unread_names.append(member.name)
-    file_size = path.stat().st_size
-    for key, same_key in by_key.items():
-        yield _tar_record(path, key, same_key, columns, file_size, unread_names)
-    bytes_read = sum(member.offset_data - member.offset + _padded(member.size) for member in members)
-    for number, (problem, num_bytes) in enumerate(problems):
-        lost = max(1, round(num_bytes * len(by_key) / bytes_read)) if by_key else 0
-        yield _broken_record(path, f"{path.name}#{number}", problem, lost)
-
-
-def _tar_record(
-    path: Path,
-    key: str,
-    same_key: list[tuple[str, tarfile.TarInfo]],
-    columns: Columns,
-    file_size: int,
-    unread_names: list[str],
-) -> Record:
-    """The example of the members of one name, each with its suffix."""
-    record = Record(id=f"{path.name}/{key}", origin=f"{path}/{key}", place=None)
-    if (character := unprintable(key)) is not None:
-        problem = f"the name contains the character U+{ord(character):04X}: rename the member"
-        record.add_problem("invalid name", problem)
-    elif ".." in PurePosixPath(key).parts:
-        record.add_problem("path outside", "the name leaves the tar by ..: rename the member")
-    suffixes = [suffix for suffix, _ in same_key]
-    picture_suffixes = [columns.image.lower()] if columns.image else _picture_suffixes(suffixes)
-    if len(picture_suffixes) > 1:
-        several = f"{' and '.join(picture_suffixes)} are pictures of one name"
-        remedy = f"rename one, or say which by :image={picture_suffixes[0]} behind the data"
-        record.add_problem("duplicated name", f"{several}: {remedy}")
-    text_suffixes = tuple(map(str.lower, columns.captions)) or ("txt",)
-    if columns.captions:  # the first that is named is the example's name
-        same_key = sorted(same_key, key=lambda item: text_suffixes.index(item[0]) if item[0] in text_suffixes else -1)
-    with_words = [member.name for suffix, member in same_key if suffix in (*text_suffixes, "json")]
-    seen: set[str] = set()
-    for suffix, member in same_key:
-        place = Member(path, member.offset_data, member.size, member.name)
-        origin = f"{path}/{member.name}"
-        is_picture = suffix in picture_suffixes
-        if suffix in seen and (is_picture or member.name in with_words):
-            record.add_problem("duplicated name", f"{member.name} is there twice: remove one", origin)
-        seen.add(suffix)
-        if member.offset_data + member.size > file_size:
-            record.add_problem("broken member", f"needs {member.size} bytes, the file ends before", origin)
-            if is_picture:
-                record.place = record.place or place
-        elif is_picture:
-            record.place = place
-            if member.size > pictures.MAX_BYTES:
-                problem = f"has {member.size:,} bytes, more than {pictures.MAX_BYTES // 1_000_000} million"
-                record.add_problem("broken picture", problem, origin)
-        elif member.name not in with_words:
-            unread_names.append(member.name)
-        elif member.size > MAX_LINE:
-            record.add_problem("long caption", f"is longer than {MAX_LINE:,} bytes: no caption", origin)
-        elif suffix in text_suffixes:
-            for number, line in enumerate(place.read_bytes().split(b"\n"), start=1):
-                if text := utf8(line, record, f"{origin}:{number}", first=number == 1):
-                    record.add_caption(text)
-        elif text := utf8(place.read_bytes(), record, origin, first=True):
-            _read_json_captions(text, record, columns, needed=len(with_words) == 1)
-    if record.place is None and not record.problems:
-        expected = f"picture {columns.image}" if columns.image else "picture"
-        record.add_problem("missing picture", f"no {expected} among {', '.join(suffixes)[:200]}")
-    if not record.captions and not record.problems:
-        if with_words:
-            record.add_problem("empty caption", f"no caption in {' or '.join(with_words)}")
-        else:
-            expected = " or ".join(f"{PurePosixPath(key).name}.{suffix}" for suffix in (*text_suffixes, "json"))
-            record.add_problem("missing caption", f"no caption: there is no {expected} beside it")
-    return record
-
-
-def _picture_suffixes(suffixes: Iterable[str]) -> list[str]:
-    """Suffixes of an example's picture, of which there should be one: in webdataset's convention ``001.mask.png`` beside
-    ``001.jpg`` is another column.
-    """
-    found = [suffix for suffix in dict.fromkeys(suffixes) if f".{suffix.rpartition('.')[2]}" in pictures.SUFFIXES]
-    return [suffix for suffix in found if suffix.count(".") == min(other.count(".") for other in found)]
-
-
-def _members(path: Path) -> tuple[list[tarfile.TarInfo], list[tuple[str, int]]]:
-    """The files of a tar; after a broken header, reading continues at the next valid one, and the gap is reported with its
-    bytes.
-    """
-    members: list[tarfile.TarInfo] = []
-    problems: list[tuple[str, int]] = []
-    try:
-        with tarfile.open(path, "r:", ignore_zeros=True) as tar, path.open("rb") as file:
-            end = 0
-            while True:
-                try:
-                    member = tar.next()
-                except (tarfile.TarError, ValueError, OSError) as error:
-                    if not _ends_inside(members, file):
-                        rest = file.seek(0, os.SEEK_END) - end
-                        problems.append((f"cannot be read behind byte {end}: {error}", rest))
-                    break
-                start = file.seek(0, os.SEEK_END) if member is None else member.offset
-                if start > end and _holds_data(file, end, start):
-                    problems.append((f"bytes {end} to {start} belong to no member: a header is broken", start - end))
-                if member is None:
-                    break
-                end = member.offset_data + _padded(member.size)
-                if member.isfile():
-                    members.append(member)
-                elif member.islnk() or member.issym():
-                    problems.append(
-                        (f"{member.name} is a link, which is not read: put the file itself into the tar", 0)
-                    )
-    except (tarfile.TarError, OSError) as error:
-        problems.append((f"cannot be read as a tar: {error}", 0))
-    return members, problems
-
-
-def _padded(size: int) -> int:
-    """Bytes that a member's content of this size takes: whole blocks."""
-    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-
-
-def _ends_inside(members: Sequence[tarfile.TarInfo], file: Any) -> bool:
-    """Whether the file ends inside its last member, which is then reported separately."""
-    return bool(members) and members[-1].offset_data + members[-1].size > file.seek(0, os.SEEK_END)
-
-
-def _holds_data(file: Any, start: int, end: int) -> bool:
-    file.seek(start)
-    while start < end:
-        block = file.read(min(1 << 20, end - start))
-        if not block or any(block):
-            return bool(block)
-        start += len(block)
-    return False
-
-
-def _read_json_captions(text: str, record: Record, columns: Columns, *, needed: bool) -> None:
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        record.add_problem("invalid JSON", f"its .json is not JSON: {error}")
-        return
-    if isinstance(row, dict):
-        take_captions({key: value for key, value in row.items() if value is not None}, record, columns, needed=needed)
-    else:
-        record.add_problem("invalid JSON", f"its .json holds a {type(row).__name__}, expected an object in braces")
-
-
 # -------------------------------------------------------------------------------------------- parquet and saved data sets
 
 
@@ -464,7 +284,7 @@ def _parquet_records(path: Path | str, columns: Columns) -> Iterator[Record]:
         try:
             file = exit_stack.enter_context(_open_parquet(path))
         except (pyarrow.ArrowException, OSError) as error:
-            yield _broken_record(path, PurePosixPath(path).name, f"cannot be read as parquet: {_error_line(error)}", 0)
+            yield broken_record(path, PurePosixPath(path).name, f"cannot be read as parquet: {_error_line(error)}", 0)
             return
         yield from _row_groups(path, columns, file)
 
@@ -489,7 +309,7 @@ def _row_groups(path: Path | str, columns: Columns, file: Any) -> Iterator[Recor
             if isinstance(path, Path):
                 _row_group(path, group, picture_column)
         except failures as error:
-            yield _broken_record(
+            yield broken_record(
                 path,
                 f"{file_name}#group {group}",
                 f"row group {group} cannot be read: {_error_line(error)}",
@@ -512,7 +332,7 @@ def _dataset_records(path: Path, columns: Columns) -> Iterator[Record]:
     except XFusionError:
         raise
     except Exception as error:  # of Arrow, the system, or an invalid JSON file
-        yield _broken_record(path, path.name, f"cannot be read as a saved data set: {_error_line(error)}", 0)
+        yield broken_record(path, path.name, f"cannot be read as a saved data set: {_error_line(error)}", 0)
         return
     picture_column, text_columns = _columns(path, table.data.schema, columns)
     texts = table.select_columns(text_columns)
@@ -521,7 +341,7 @@ def _dataset_records(path: Path, columns: Columns) -> Iterator[Record]:
         try:
             rows = _rows(texts.with_format("arrow")[start:end])
         except (pyarrow.ArrowException, OSError) as error:
-            yield _broken_record(
+            yield broken_record(
                 path,
                 f"{path.name}#row {start}",
                 f"rows {start} to {end} cannot be read: {_error_line(error)}",
@@ -631,22 +451,8 @@ def _load_column(path: Path, column: str) -> Any:
     return table.cast_column(column, datasets.Image(decode=False)) if is_image else table
 
 
-def _broken_record(path: Path | str, identity: str, problem: str, stands_for: int) -> Record:
-    record = Record(id=identity, origin=str(path), place=None, stands_for=stands_for)
-    record.add_problem("broken shard", problem)
-    return record
-
-
 def _error_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
-
-
-def _webdataset() -> Any:
-    try:
-        import webdataset
-    except ImportError as error:
-        raise XFusionError("tar shards need webdataset: pip install 'xfusion[train]'") from error
-    return webdataset
 
 
 # -------------------------------------------------------------------------------------------------------------- index
