@@ -5,7 +5,7 @@ import json
 import random
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -247,30 +247,45 @@ def names_and_words() -> Iterator[Case]:
     yield Case("row with a long list", GOOD, row(good | {"captions": [f"words {n}" for n in range(999)]}))
 
 
-def damaged(number: int) -> Case:
-    """A picture that is cut off, or in which bytes are others: format, size and damage are drawn apart from each other.
+def drawn(kind: str, size: tuple[int, int], rng: random.Random, *, is_animated: bool, is_progressive: bool) -> bytes:
+    """A sound picture to be damaged: noise, or an animation of three frames."""
+    if is_animated:
+        frames = [Image.new("RGB", size, (80 * i, 0, 0)) for i in range(3)]
+        return encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+    return picture(kind, rng, size, **({"progressive": True} if is_progressive else {}))
 
-    One that is cut before its last tenth has lost pixels, whatever its format, and must be reported. Of an animation the first
-    frame counts, which may be whole.
+
+def cut(content: bytes, position: int, *, is_animated: bool) -> Case:
+    """One that is cut before its last tenth has lost pixels, whatever its format, and must be reported. Of an animation the
+    first frame counts, which may be whole.
     """
+    expected = EITHER if is_animated or position >= 0.9 * len(content) else BAD
+    return Case(f"cut at {position} of {len(content)}", expected, beside(content[:position]))
+
+
+def edited(content: bytes, edits: Iterable[tuple[int, int]]) -> Case:
+    """Bytes at some positions are others."""
+    changed = bytearray(content)
+    for position, value in edits:
+        changed[position] = value
+    return Case("damaged", EITHER, beside(bytes(changed)))
+
+
+def damaged(number: int) -> Case:
+    """A picture that is cut off, or in which bytes are others: format, size and damage are drawn apart from each other."""
     rng = random.Random(f"damaged {number}")
     kind, size = rng.choice(KINDS), rng.choice([(40, 30), (1, 300), (300, 1), (64, 64)])
     is_animated, is_cut = kind != "JPEG" and rng.random() < 1 / 3, rng.random() < 1 / 2
-    if is_animated:
-        frames = [Image.new("RGB", size, (80 * i, 0, 0)) for i in range(3)]
-        content = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
-    else:
-        options = {"progressive": True} if kind == "JPEG" and rng.random() < 1 / 3 else {}
-        content = picture(kind, rng, size, **options)
-    name = f"{number}: {'animated ' * is_animated}{kind}"
-    if is_cut:
-        position = rng.randrange(len(content))
-        expected = EITHER if is_animated or position >= 0.9 * len(content) else BAD
-        return Case(f"{name} cut at {position} of {len(content)}", expected, beside(content[:position]))
-    changed = bytearray(content)
-    for _ in range(rng.choice([1, 4, 40])):
-        changed[rng.randrange(len(changed) if rng.random() < 0.5 else min(64, len(changed)))] = rng.randrange(256)
-    return Case(f"{name} damaged", EITHER, beside(bytes(changed)))
+    is_progressive = not is_animated and kind == "JPEG" and rng.random() < 1 / 3
+    content = drawn(kind, size, rng, is_animated=is_animated, is_progressive=is_progressive)
+
+    def edits() -> Iterator[tuple[int, int]]:
+        for _ in range(rng.choice([1, 4, 40])):
+            value = rng.randrange(256)
+            yield rng.randrange(len(content) if rng.random() < 0.5 else min(64, len(content))), value
+
+    case = cut(content, rng.randrange(len(content)), is_animated=is_animated) if is_cut else edited(content, edits())
+    return case._replace(name=f"{number}: {'animated ' * is_animated}{kind} {case.name}")
 
 
 def garbled(number: int) -> Case:

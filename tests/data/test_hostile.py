@@ -1,7 +1,10 @@
 """Hostile data: nothing crashes, nothing hangs, memory stays bounded, and every example that does not train is named."""
 
+import io
+import itertools
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -20,7 +23,10 @@ from data.hostile import (
     SPECIAL,
     Case,
     beside,
+    cut,
     damaged,
+    drawn,
+    edited,
     encoded,
     garbled,
     names_and_words,
@@ -30,8 +36,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
+from webdataset.tariterators import base_plus_ext
 
 from xfusion.apps import cli
+from xfusion.data.report import one_line
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import check, open_source
 
@@ -177,6 +185,127 @@ def test_the_first_part_holds_every_format_cut_off_and_changed():
     found = {(next(kind for kind in KINDS if kind in case.name), "cut" in case.name) for case in cases}
     assert found == {(kind, cut) for kind in KINDS for cut in (True, False)}
     assert {next(kind for kind in KINDS if kind in case.name) for case in cases if case.expected == BAD} == {*KINDS}
+
+
+TIERS = [40, pytest.param(400, marks=pytest.mark.full)]
+"""Examples of a property, in the default tier and in the full one."""
+
+
+def contents(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Size and date of all files below a folder."""
+    stats = ((path, path.lstat()) for path in folder.rglob("*") if not path.is_dir())
+    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats}
+
+
+@st.composite
+def spoilt(draw) -> Case:
+    """A picture of any size in any format, whole but for an edit or a cut."""
+    kind, size = draw(st.sampled_from(KINDS)), draw(st.tuples(st.integers(1, 80), st.integers(1, 80)))
+    is_animated = kind != "JPEG" and draw(st.booleans())
+    is_progressive, rng = kind == "JPEG" and draw(st.booleans()), random.Random(draw(st.integers(0, 999)))
+    content = drawn(kind, size, rng, is_animated=is_animated, is_progressive=is_progressive)
+    if draw(st.booleans()):
+        case = cut(content, draw(st.integers(0, len(content) - 1)), is_animated=is_animated)
+    else:
+        header = st.integers(0, min(64, len(content)) - 1)
+        positions = header | st.integers(0, len(content) - 1)
+        case = edited(content, draw(st.lists(st.tuples(positions, st.integers(0, 255)), max_size=40)))
+    return case._replace(name=f"{'animated ' * is_animated}{kind} {size} {case.name}")
+
+
+@pytest.mark.parametrize("count", TIERS)
+def test_any_damage_of_any_picture_is_named_or_harmless(tmp_path, tmp_path_factory, monkeypatch, count):
+    """In a folder and in a tar alike."""
+    monkeypatch.setenv("XFUSION_CACHE", str(tmp_path_factory.mktemp("cache")))
+    numbers = itertools.count()
+
+    @settings(max_examples=count)
+    @given(case=spoilt())
+    def holds(case):
+        folder = tmp_path / f"{next(numbers)}"
+        try_it(case, folder)
+        before = contents(tmp_path)
+        found = [check(folder)]
+        assert contents(tmp_path) == before
+        found.append(check(tar := shard_of(folder, "tar")))
+        for report, member in zip(found, (folder / "a.png", tar / "a"), strict=True):
+            assert all(problem.startswith(f"{member}: ") for problem in report.problems)
+        assert found[0].num_bad == found[1].num_bad == len(found[0].problems)
+        shutil.rmtree(folder), tar.unlink()
+
+    holds()
+
+
+FRAGMENTS = [
+    b"a",
+    b"b",
+    b"..",
+    b".",
+    b"/",
+    b"../",
+    b".png",
+    b".JPG",
+    b".txt",
+    b".json",
+    b".mask.png",
+    b"\n",
+    b"\r",
+    b"\0",
+]
+FRAGMENTS += [b"\x1b[2J", b"\xff", b"\xc3", "\u2028".encode(), "é".encode(), b" ", b"~", b"-rf", b"PaxHeader", b"._"]
+NAMES = st.lists(st.sampled_from(FRAGMENTS), max_size=6).map(lambda parts: b"".join(parts)[:24]) | st.binary(
+    max_size=24
+)
+CONTENTS = st.sampled_from(
+    [encoded(Image.new("RGB", (4, 4)), "PNG"), b"words", b'{"caption": "words"}', b"\xff\xfe", b"[]", b""]
+)
+
+
+@pytest.mark.parametrize("count", TIERS)
+def test_any_names_of_members_are_examples_or_named(tmp_path, tmp_path_factory, monkeypatch, count):
+    """Names that leave the folder, break lines, are no text, or have no suffix or nothing else."""
+    monkeypatch.setenv("XFUSION_CACHE", str(tmp_path_factory.mktemp("cache")))
+    (tmp_path / "deep" / "within").mkdir(parents=True)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    numbers = itertools.count()
+
+    @settings(max_examples=count)
+    @given(
+        members=st.lists(st.tuples(NAMES | NAMES.map(os.fsencode(tmp_path).__add__), CONTENTS), min_size=1, max_size=3),
+        form=st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
+    )
+    def holds(members, form):
+        path = tmp_path / "deep" / "within" / f"{next(numbers)}.tar"
+        with tarfile.open(path, "w", format=form, errors="surrogateescape") as tar:
+            for name, content in members:
+                member = tarfile.TarInfo(os.fsdecode(name))
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        before = contents(tmp_path)
+        said = []
+        try:
+            report = check(path)
+        except XFusionError as error:
+            said.append(str(error))
+        else:
+            said += [*report.problems, *report.notes]
+            if report.source:
+                said += [one_line(example.origin) for example in report.source.examples]
+                assert all(report.source.picture(index, 8).size == (8, 8) for index in range(len(report.source)))
+            if report.num_bad:
+                with pytest.raises(XFusionError):
+                    open_source(path)
+        assert all(line.isprintable() and len(line) < 1000 for line in said)
+        with tarfile.open(path, errors="surrogateescape") as tar:
+            for member in tar.getmembers():
+                key, _ = base_plus_ext(member.name)
+                names = [f"{path}/{key}", f"{path.name}/{member.name}", f"{path}/{member.name}"]
+                assert any(one_line(name) in line for name in names for line in said), (member.name, said)
+        assert contents(tmp_path) == before
+        path.unlink()
+
+    holds()
 
 
 TEXTS = st.text(max_size=40) | st.text(st.characters(codec=None), max_size=40) | st.sampled_from(["../a.png", SPECIAL])
