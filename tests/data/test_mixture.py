@@ -142,6 +142,19 @@ def test_rows_are_as_wide_as_nine_steps_in_ten_need():
     assert [batch.text.count for batch in m.wide_batches()] == [48, 48], "sixteen times as wide is not worth its graphs"
 
 
+def test_rare_wide_steps_of_several_sizes_have_the_shapes_that_are_made_ahead():
+    source = Squares(200)
+    captions = ["word"] * 199 + ["a long word " * 2]
+    source.examples = tuple(replace(e, captions=(c,)) for e, c in zip(source.examples, captions, strict=True))
+    plain = Templates(caption_dropout=0, article_share=0, other_wordings=0, question_share=0)
+    m = mixture(source, sizes=(24, 8, 16), draw=6, caption=6, pack=2, templates=plain)
+    draw, caption = m.widths
+    ahead = {tuple(tensor.shape for tensor in flat([batch])) for batch in m.wide_batches()}
+    wide = [b for step in range(80) for b, width in zip(m.batches(step), m.widths, strict=True) if b.text.count > width]
+    assert {batch.text.count for batch in wide} == {4 * draw, 4 * caption}
+    assert len(ahead) == 4 and {tuple(tensor.shape for tensor in flat([batch])) for batch in wide} < ahead
+
+
 def test_further_widths_are_for_texts_that_the_data_have():
     """Rows of equal texts are never wider; a row of four may have one long text, or four not much longer than usual."""
     plain = Templates(caption_dropout=0, article_share=0, other_wordings=0, question_share=0)

@@ -87,8 +87,8 @@ def test_a_run_of_several_sizes_resumes_and_its_pack_draws_and_names_at_each(bas
 class Even(Noise):
     """All words are as long: no other width of text makes a graph."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, number=6):
+        super().__init__(number)
         self.examples = tuple(replace(example, captions=("a cat",)) for example in self.examples)
 
 
@@ -114,3 +114,25 @@ def test_sizes_share_their_graphs(bases, tmp_path, monkeypatch):
     fusion_base.compiled.cache_clear()
     torch.compiler.reset()
     assert found[(16,)] == found[SIZES] > 0
+
+
+@pytest.mark.full
+def test_a_long_caption_of_a_run_of_several_sizes_compiles_nothing_behind_the_warm_up(bases, tmp_path, monkeypatch):
+    """The graphs that it needs are made ahead, as in a run of one size, and no loss changes."""
+    source, late = Even(60), 9  # its turns are steps 12 and 13
+    long = replace(source.examples[late], captions=("a cat " * 3,))
+    source.examples = (*source.examples[:late], long, *source.examples[late + 1 :])
+    plain = Templates(caption_dropout=0, article_share=0, other_wordings=0, question_share=0)
+    mixture = MixtureConfig(draw=3, caption=4, pack=2, templates=plain)
+    whole = replace(recipe(bases["llama"], steps=15, mixture=mixture), model=of_sizes(bases["llama"]))
+    monkeypatch.setattr(fusion_base.torch, "compile", partial(torch.compile, backend="eager"))
+    for name in ("ahead", "when needed"):
+        torch.compiler.reset()
+        fusion_base.compiled.cache_clear()
+        train(bases["llama"], tmp_path / name, recipe_=whole, source=source, compile=True)
+        monkeypatch.setattr(Mixture, "wide_batches", lambda _: ())
+    fusion_base.compiled.cache_clear()
+    torch.compiler.reset()
+    ahead, when_needed = (log(tmp_path / name, "end")[0] for name in ("ahead", "when needed"))
+    assert ahead["graphs_behind_warm_up"] == 0 < when_needed["graphs_behind_warm_up"]
+    assert step_records(tmp_path / "ahead") == step_records(tmp_path / "when needed")

@@ -431,9 +431,9 @@ class Mixture:
     def wide_batches(self) -> Iterator[Batch]:
         """The batches of a usual step with blank pictures, at each of the `further_widths` that is not far wider than usual:
         each needs its own compiled graphs. None for sources that weigh their losses, which divide a step into parts of many
-        heights, and for several sizes, whose rows are rarely that long.
+        heights.
         """
-        if self.config.loss_weights or len(self.sizes) > 1:
+        if self.config.loss_weights:
             return
         for task, (width, further) in enumerate(zip(self.widths, self.further_widths, strict=True)):
             steps = (self._rows(self.drawings(step), self.captionings(step))[task] for step in range(LOOKED_AT))
