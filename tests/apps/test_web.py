@@ -30,7 +30,7 @@ from xfusion.apps.server.answers import Refused
 from xfusion.apps.server.batches import Continue, drawing_progress
 from xfusion.apps.server.limits import Limits
 from xfusion.apps.web import brush, heat
-from xfusion.apps.web.desk import Desk, Drawn, Preview, Stopped
+from xfusion.apps.web.desk import Desk, Drawn, Look, Preview, Stopped
 from xfusion.data.sequence import Text, XFusionError
 from xfusion.evaluation.attention import drawing_attention
 from xfusion.model import Model
@@ -50,6 +50,14 @@ def desk(model, tmp_path):
     made.batches.start()
     yield made
     made.batches.close(10)
+
+
+def until(condition, seconds=20):
+    """Wait for something that another thread does."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.01)
 
 
 # -------------------------------------------------------------------------------------------------------------- desk
@@ -170,6 +178,18 @@ def test_a_stop_ends_what_a_conversation_draws(desk):
     desk.stop("me")
     with pytest.raises(Stopped):
         list(answer)
+
+
+@pytest.mark.usefixtures("draws_at_once")
+def test_a_stop_behind_an_answer_that_nobody_has_read_yet_keeps_it(desk, model):
+    asked, settings = [{"role": "user", "content": ["two blue birds"]}], {"draw": "auto", "steps": 2, "max_tokens": 4}
+    answer = desk.say("me", "tiny", asked, **settings)
+    assert isinstance(next(answer), Preview)
+    (job,) = desk.open["me"]
+    until(lambda: job.ended)
+    desk.stop("me")
+    *_, last = answer
+    assert apart(last[0], job.answer[0]) == 0 and "".join(last[1:]) == "".join(job.answer[1:])
 
 
 @pytest.mark.usefixtures("draws_at_once")
@@ -540,6 +560,74 @@ def test_what_was_cleared_away_says_no_more(desk, tab):
             said += [line for *_, line in walk]
             assert cleared.result(10)[-1] == controls.status()
         assert not any("stopped" in line for line in said) and not shown.clearing.working
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Holds every computation until it is opened; counts them."""
+    gate = SimpleNamespace(opened=threading.Event(), count=0)
+
+    def holds(run):
+        def held_run(work, jobs):
+            gate.count += 1
+            assert gate.opened.wait(20)
+            return run(work, jobs)
+
+        return held_run
+
+    for kind in (Continue, batches.Repaint, Look):
+        monkeypatch.setattr(kind, "run", holds(kind.run))
+    yield gate
+    gate.opened.set()
+
+
+@pytest.mark.parametrize("is_running", [False, True], ids=["waiting", "running"])
+@pytest.mark.parametrize("button", ["say", "caption", "redraw", "look"])
+def test_a_stop_before_anything_came_says_that_it_stopped(desk, held, tmp_path, button, is_running):
+    controls = pytest.importorskip(
+        "xfusion.apps.web.controls", reason="gradio is not installed: pip install 'xfusion[web]'"
+    )
+    from xfusion.apps.web.chat import Chat
+    from xfusion.apps.web.denoising import Denoising
+    from xfusion.apps.web.picture import Picture
+
+    Noise(1).picture(0, 32).save(tmp_path / "a.png")
+    given, me = str(tmp_path / "a.png"), SimpleNamespace(session_hash="me")
+    shared, message, talk = controls.Controls(desk), {"text": "go on"}, [{"role": "user", "content": ["hello"]}]
+    seed, steps, guidance = settings = ("0", 4, 1)
+    walk, kept = {
+        "say": lambda: (
+            Chat(shared).say("tiny", message, talk, *settings, False, 8, 0, me),
+            ([{"role": "user", "content": "hello"}], talk, message),
+        ),
+        "caption": lambda: (Picture(shared).caption("tiny", given, "", me), ("",)),
+        "redraw": lambda: (
+            Picture(shared).inpaint("tiny", given, "left half", [], "a house", seed, steps, guidance, me),
+            (gr_skip(),),
+        ),
+        "look": lambda: (Denoising(shared).look("tiny", "a cat", *settings, me), ([], *[gr_skip()] * 4)),
+    }[button]()
+    next(walk)  # that it was taken
+    with ThreadPoolExecutor(2) as others:
+        if not is_running:
+            before = others.submit(lambda: list(desk.draw("others", "tiny", "a cat", steps=1)))
+            until(lambda: held.count == 1)
+        said = others.submit(lambda: list(walk))
+        until(lambda: held.count == 1 if is_running else len(desk.batches.waiting) == 1)
+        shared.stop(me)
+        *_, last = said.result(10)
+        held.opened.set()
+        if not is_running:
+            assert isinstance(before.result(20)[-1], Drawn)
+    assert last == (*kept, controls.status("stopped"))
+    assert held.count == 1 and list(desk.open) == []
+
+
+def gr_skip():
+    """What changes nothing on the page."""
+    import gradio
+
+    return gradio.skip()
 
 
 @pytest.fixture(scope="module")

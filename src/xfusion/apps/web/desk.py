@@ -215,7 +215,8 @@ class Desk:
 
         Raises:
             Refused: the request is refused, the queue is full, or it takes too long.
-            Stopped: the user stopped it while it drew; a finished picture and stopped text stay as they are.
+            Stopped: the user stopped it before its first word, or while it drew; a finished picture and stopped text stay as
+                they are.
         """
         body = {"messages": [request_message(message) for message in messages], **settings}
         params = requests.parse(requests.Chat, body)
@@ -226,11 +227,12 @@ class Desk:
             if isinstance(event, Preview):
                 picture = [event.picture]
                 yield event
-            elif not job.answer:
-                if event is not None and not isinstance(event, str):
-                    picture, is_drawn = [event], True
+                continue
+            if event is not None and not isinstance(event, str):
+                picture, is_drawn = [event], True
+            if not job.answer:
                 yield [*picture, *filter(None, [job.words.sent])]
-        if job.dropped and picture and not is_drawn:
+        if job.dropped and not is_drawn and not job.words.sent:
             raise Stopped
         yield list(job.answer) if job.answer and not job.dropped else [*picture, *filter(None, [job.words.sent])]
 
