@@ -30,7 +30,8 @@ from xfusion.apps.server.answers import Refused
 from xfusion.apps.server.batches import Continue, drawing_progress
 from xfusion.apps.server.limits import Limits
 from xfusion.apps.web import brush, heat
-from xfusion.apps.web.desk import Desk, Drawn, Look, Preview, Stopped
+from xfusion.apps.web import desk as web_desk
+from xfusion.apps.web.desk import Desk, Drawn, Look, Preview, Stopped, Waiting
 from xfusion.data.sequence import Text, XFusionError
 from xfusion.evaluation.attention import drawing_attention
 from xfusion.model import Model
@@ -60,6 +61,11 @@ def until(condition, seconds=20):
         time.sleep(0.01)
 
 
+def news(events):
+    """Without those that say that there is none, as on a busy machine."""
+    return (event for event in events if not isinstance(event, Waiting))
+
+
 # -------------------------------------------------------------------------------------------------------------- desk
 
 
@@ -80,7 +86,7 @@ def test_pictures_come_with_previews_and_remember_how_they_were_drawn(desk, mode
 
 
 def test_estimates_of_a_look_are_those_of_the_walk(desk, model):
-    *strip, (picture, attention) = desk.look("me", "tiny", "two blue birds", seed=3, steps=4, guidance=1)
+    *strip, (picture, attention) = news(desk.look("me", "tiny", "two blue birds", seed=3, steps=4, guidance=1))
     estimates = []
     (expected,) = model.draw(
         ["two blue birds"],
@@ -97,7 +103,7 @@ def test_estimates_of_a_look_are_those_of_the_walk(desk, model):
 
 
 def test_a_stop_ends_drawing_between_two_steps(desk):
-    walk = desk.draw("me", "tiny", "a cat", steps=30)
+    walk = news(desk.draw("me", "tiny", "a cat", steps=30))
     assert isinstance(next(walk), Preview)
     desk.stop("somebody else")
     assert not desk.open["me"][0].dropped
@@ -173,7 +179,7 @@ def test_twelve_pictures_drawn_in_one_conversation(desk, model, monkeypatch):
 
 @pytest.mark.usefixtures("draws_at_once")
 def test_a_stop_ends_what_a_conversation_draws(desk):
-    answer = desk.say("me", "tiny", [{"role": "user", "content": ["two blue birds"]}], draw="auto", steps=30)
+    answer = news(desk.say("me", "tiny", [{"role": "user", "content": ["two blue birds"]}], draw="auto", steps=30))
     assert isinstance(next(answer), Preview)
     desk.stop("me")
     with pytest.raises(Stopped):
@@ -183,7 +189,7 @@ def test_a_stop_ends_what_a_conversation_draws(desk):
 @pytest.mark.usefixtures("draws_at_once")
 def test_a_stop_behind_an_answer_that_nobody_has_read_yet_keeps_it(desk, model):
     asked, settings = [{"role": "user", "content": ["two blue birds"]}], {"draw": "auto", "steps": 2, "max_tokens": 4}
-    answer = desk.say("me", "tiny", asked, **settings)
+    answer = news(desk.say("me", "tiny", asked, **settings))
     assert isinstance(next(answer), Preview)
     (job,) = desk.open["me"]
     until(lambda: job.ended)
@@ -250,7 +256,7 @@ def test_fewer_steps_than_usual_refuse_nothing_that_names_none(model, tmp_path):
             assert isinstance(answer[0], str)
         *_, drawn = made.draw("me", "tiny", "a cat", seed=1)
         assert drawn.facts["steps"] == 5
-        *strip, _ = made.look("me", "tiny", "a cat")
+        *strip, _ = news(made.look("me", "tiny", "a cat"))
         assert [one.done for one in strip] == [1, 2, 3, 4, 5]
         *_, redrawn = made.repaint("me", "tiny", png(picture), png(Image.new("L", (32, 32), "white")), "a cat")
         assert redrawn.facts["steps"] == 5
@@ -544,8 +550,7 @@ def test_what_was_cleared_away_says_no_more(desk, tab):
             walk = shown.draw("tiny", {"text": "a cat"}, [], *settings, me)
         else:
             walk = shown.draw("tiny", "a cat", 1, *settings, [], me)
-        next(walk)
-        assert "step" in next(walk)[-1]
+        next(line for *_, line in walk if "step" in line)
         return walk
 
     for _ in range(2):
@@ -583,7 +588,7 @@ def held(monkeypatch):
 
 @pytest.mark.parametrize("is_running", [False, True], ids=["waiting", "running"])
 @pytest.mark.parametrize("button", ["say", "caption", "redraw", "look"])
-def test_a_stop_before_anything_came_says_that_it_stopped(desk, held, tmp_path, button, is_running):
+def test_a_stop_before_anything_came_says_that_it_stopped(desk, held, tmp_path, monkeypatch, button, is_running):
     controls = pytest.importorskip(
         "xfusion.apps.web.controls", reason="gradio is not installed: pip install 'xfusion[web]'"
     )
@@ -607,20 +612,91 @@ def test_a_stop_before_anything_came_says_that_it_stopped(desk, held, tmp_path, 
         ),
         "look": lambda: (Denoising(shared).look("tiny", "a cat", *settings, me), ([], *[gr_skip()] * 4)),
     }[button]()
+    monkeypatch.setattr(web_desk, "WAITING_SECONDS", 0.15)
     next(walk)  # that it was taken
     with ThreadPoolExecutor(2) as others:
         if not is_running:
             before = others.submit(lambda: list(desk.draw("others", "tiny", "a cat", steps=1)))
             until(lambda: held.count == 1)
-        said = others.submit(lambda: list(walk))
-        until(lambda: held.count == 1 if is_running else len(desk.batches.waiting) == 1)
+        told = []
+        said = others.submit(lambda: told.extend(walk))
+        until(lambda: told)
+        assert told[0][-1] == (gr_skip() if is_running else controls.status("waiting, 1 before you …"))
         shared.stop(me)
-        *_, last = said.result(10)
+        said.result(10)
         held.opened.set()
         if not is_running:
             assert isinstance(before.result(20)[-1], Drawn)
-    assert last == (*kept, controls.status("stopped"))
+    assert told[-1] == (*kept, controls.status("stopped"))
     assert held.count == 1 and list(desk.open) == []
+
+
+class Visitors:
+    """Users of a page over HTTP, without a browser: each has a session of its own."""
+
+    def __init__(self, client):
+        self.client, config = client, client.get("/config").json()
+        self.components = {component["id"]: component["props"] for component in config["components"]}
+        clicks = [
+            (target, event) for event in config["dependencies"] for target, kind in event["targets"] if kind == "click"
+        ]
+        self.buttons = {self.components[target]["value"]: event for target, event in clicks}
+
+    def press(self, user, button, **inputs):
+        """Press a button; the boxes with these labels hold these values, and the others what they show first."""
+        event = self.buttons[button]
+        props = [self.components[component] for component in event["inputs"]]
+        data = [inputs.get(one.get("label"), one.get("value")) for one in props]
+        body = {"data": data, "fn_index": event["id"], "session_hash": user}
+        path = "gradio_api/queue/join" if event["queue"] else "gradio_api/run/predict"
+        answer = self.client.post(path, json=body)
+        assert answer.status_code == 200, answer.text
+
+
+@pytest.fixture
+def crowd(model, tmp_path, monkeypatch):
+    """A page for many users, and they."""
+    page = pytest.importorskip("xfusion.apps.web.page", reason="gradio is not installed: pip install 'xfusion[web]'")
+    import httpx
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))  # a page sets it, and the other page's is put back afterwards
+    app = page.create({"tiny": model}, replace(TINY, queue=64), tmp_path / "crowd", None)
+    with (
+        listening_at(app, socket.create_server(("127.0.0.1", 0))) as address,
+        httpx.Client(base_url=address, timeout=20, trust_env=False) as client,
+    ):
+        yield app.state.desk, Visitors(client)
+
+
+def test_a_stop_and_an_upload_need_not_wait_for_the_queue(crowd, held):
+    desk, users = crowd
+    for button in ("Draw", "Look", "Draw it"):
+        for number in range(16):
+            more = {"Message": {"text": "a cat", "files": []}} if button == "Draw it" else {"Prompt": "a cat"}
+            users.press(f"{button} {number}", button, Pictures=1, **more)
+    until(lambda: len(desk.open) == 48)
+    start = time.monotonic()
+    users.press("Look 7", "Stop")
+    until(lambda: "Look 7" not in desk.open)
+    assert users.client.post("gradio_api/upload", files={"files": ("a.txt", b"words")}).status_code == 200
+    assert time.monotonic() - start < 2
+    assert len(desk.open) == 47
+
+
+def test_a_tab_that_is_closed_gives_its_place_back(crowd, held):
+    desk, users = crowd
+    users.press("others", "Draw", Pictures=1, Prompt="a cat")
+    until(lambda: held.count == 1)
+    users.press("me", "Draw", Pictures=2, Prompt="a cat")
+    until(lambda: len(desk.batches.waiting) == 2)
+    with users.client.stream("GET", "gradio_api/queue/data", params={"session_hash": "me"}) as told:
+        assert any("1 before you" in line for line in told.iter_lines())
+    until(lambda: "me" not in desk.open, 5)
+    assert not desk.batches.waiting
+    with users.client.stream("GET", "gradio_api/queue/data", params={"session_hash": "others"}) as told:
+        next(told.iter_lines())
+    until(lambda: not desk.open, 5)  # what is being computed, too
+    assert all(job.dropped for job in desk.batches.running)
 
 
 def gr_skip():

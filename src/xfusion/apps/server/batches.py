@@ -313,6 +313,11 @@ class Batches:
             if any(job.dropped for job in self.waiting):
                 self.waiting = deque(job for job in self.waiting if not job.dropped)
 
+    def before(self, job: Job) -> int:
+        """The number of answers before a waiting one, those being computed included; 0 for one that does not wait."""
+        with self._changed:
+            return len(self.running) + self.waiting.index(job) if job in self.waiting else 0
+
     def _next(self) -> list[Job]:
         """The oldest job and those that are batched with it; empty once the queue is closed."""
         with self._changed:

@@ -20,7 +20,7 @@ from xfusion.apps.web.controls import (
     status,
     user_of,
 )
-from xfusion.apps.web.desk import Preview
+from xfusion.apps.web.desk import Preview, Waiting
 
 
 class Chat:
@@ -107,6 +107,9 @@ class Chat:
                     settings |= {"draw": "auto", "steps": steps, "guidance": guidance}
                 answer: list[Any] = []
                 for event in self.desk.say(user_of(request), pack, messages, **settings):
+                    if isinstance(event, Waiting):
+                        yield *[gr.skip()] * 3, progress(event)
+                        continue
                     answer = [event.picture] if isinstance(event, Preview) else event
                     status_line = progress(event) if isinstance(event, Preview) else status("answering …")
                     yield self._chatbot_messages([*messages, _turn(*answer)]), history, gr.skip(), status_line
@@ -126,7 +129,9 @@ class Chat:
                 yield self._chatbot_messages(messages), history, None, status("drawing …")
                 settings = {"steps": steps, "guidance": guidance, **seed_setting(seed)}
                 for event in self.desk.draw(user_of(request), pack, text, **settings):
-                    if isinstance(event, Preview):
+                    if isinstance(event, Waiting):
+                        yield *[gr.skip()] * 3, progress(event)
+                    elif isinstance(event, Preview):
                         yield (
                             self._chatbot_messages([*messages, _turn(event.picture)]),
                             history,

@@ -13,7 +13,7 @@ from typing import Any
 import gradio as gr
 
 from xfusion.apps.server.answers import Refused
-from xfusion.apps.web.desk import LISTEN_SECONDS, Desk, Drawn, Preview, Stopped
+from xfusion.apps.web.desk import LISTEN_SECONDS, Desk, Drawn, Preview, Stopped, Waiting
 from xfusion.data.sequence import XFusionError
 
 log = logging.getLogger("xfusion.web")
@@ -143,9 +143,11 @@ def complaint(error: Exception) -> str:
     return status("this failed here; the log of `xfusion web` says why", problem=True)
 
 
-def progress(preview: Preview) -> str:
-    """The progress of a picture."""
-    return status(f"step {preview.done} of {preview.total}")
+def progress(event: Preview | Waiting) -> Any:
+    """The progress of a picture, or how many are waited for; what is being computed changes nothing."""
+    if isinstance(event, Preview):
+        return status(f"step {event.done} of {event.total}")
+    return status(f"waiting, {event.before} before you …") if event.before else gr.skip()
 
 
 def drawing_text(drawn: Drawn) -> str:

@@ -9,7 +9,7 @@ import gradio as gr
 
 from xfusion.apps.web import heat
 from xfusion.apps.web.controls import Controls, complaint, progress, seed_setting, status, user_of
-from xfusion.apps.web.desk import Preview
+from xfusion.apps.web.desk import Preview, Waiting
 
 ALL_WORDS = "all words"
 
@@ -56,6 +56,9 @@ class Denoising:
             yield [], *unchanged, status("waiting …")
             settings = {"steps": steps, "guidance": guidance, **seed_setting(seed)}
             for event in self.desk.look(user_of(request), pack, prompt, **settings):
+                if isinstance(event, Waiting):
+                    yield strip, *unchanged, progress(event)
+                    continue
                 if isinstance(event, Preview):
                     strip = [*strip, (self.desk.picture_file(event.picture), f"step {event.done}")]
                     yield strip, *unchanged, progress(event)

@@ -37,6 +37,8 @@ PREVIEW_SECONDS = 0.2
 """Time between two previews of a picture: decoding and sending one slows down drawing."""
 LISTEN_SECONDS = 0.1
 """How soon a listener notices a stop."""
+WAITING_SECONDS = 1.0
+"""How often a listener is told that there is nothing new: a page that was closed is noticed only where it is told something."""
 KEPT_SECONDS = 3600.0
 """How long a file is kept after it was written."""
 STRIP = 8
@@ -45,6 +47,14 @@ STRIP = 8
 
 class Stopped(Exception):
     """The user stopped the request."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Waiting:
+    """Nothing came for `WAITING_SECONDS`."""
+
+    before: int
+    """Answers that are computed first; 0 if it is being computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +214,7 @@ class Desk:
 
     def say(
         self, user: str, name: str | None, messages: list[dict[str, Any]], **settings: Any
-    ) -> Iterator[Preview | list[Any]]:
+    ) -> Iterator[Waiting | Preview | list[Any]]:
         """Stream the answer to a conversation: previews of a picture, or all segments so far; the last item is complete.
 
         Args:
@@ -224,8 +234,8 @@ class Desk:
         picture: list[Any] = []
         is_drawn = False
         for _, event in self._follow(user, [job]):
-            if isinstance(event, Preview):
-                picture = [event.picture]
+            if isinstance(event, (Waiting, Preview)):
+                picture = [event.picture] if isinstance(event, Preview) else picture
                 yield event
                 continue
             if event is not None and not isinstance(event, str):
@@ -236,7 +246,7 @@ class Desk:
             raise Stopped
         yield list(job.answer) if job.answer and not job.dropped else [*picture, *filter(None, [job.words.sent])]
 
-    def draw(self, user: str, name: str | None, prompt: str, **settings: Any) -> Iterator[Preview | Drawn]:
+    def draw(self, user: str, name: str | None, prompt: str, **settings: Any) -> Iterator[Waiting | Preview | Drawn]:
         """Draw pictures of a prompt; settings are fields of an image request: ``n``, ``seed``, ``steps``, ``guidance``.
 
         Raises:
@@ -248,7 +258,7 @@ class Desk:
 
     def repaint(
         self, user: str, name: str | None, picture: bytes, mask: bytes, prompt: str, **settings: Any
-    ) -> Iterator[Preview | Drawn]:
+    ) -> Iterator[Waiting | Preview | Drawn]:
         """Inpaint a part of a picture, given a file and a mask of its size, white in that part.
 
         Raises:
@@ -261,7 +271,7 @@ class Desk:
 
     def look(
         self, user: str, name: str | None, prompt: str, **settings: Any
-    ) -> Iterator[Preview | tuple[Picture, Attention]]:
+    ) -> Iterator[Waiting | Preview | tuple[Picture, Attention]]:
         """The clean estimates of a picture during denoising, then the picture and what its tokens attend to.
 
         Raises:
@@ -281,7 +291,8 @@ class Desk:
             notify=checked_job.notify,
         )
         preview_steps = {round(1 + (steps - 1) * k / (STRIP - 1)) for k in range(STRIP)}
-        yield from (event for _, event in self._follow(user, [job], preview_steps) if isinstance(event, Preview))
+        events = (event for _, event in self._follow(user, [job], preview_steps))
+        yield from (event for event in events if isinstance(event, (Waiting, Preview)))
         if job.dropped:
             raise Stopped
         picture, attention = job.answer
@@ -291,12 +302,12 @@ class Desk:
 
     def _draw_jobs(
         self, user: str, name: str | None, params: requests.Images, jobs: list[Job]
-    ) -> Iterator[Preview | Drawn]:
+    ) -> Iterator[Waiting | Preview | Drawn]:
         model = self.model(name)
         guidance = model.guidance if params.guidance is None else params.guidance
         steps = params.drawing_steps(self.limits)
         for job, event in self._follow(user, jobs):
-            if isinstance(event, Preview):
+            if isinstance(event, (Waiting, Preview)):
                 yield event
             elif event is None and job.answer:
                 facts = {"prompt": params.prompt, "seed": job.seed, "steps": steps, "guidance": guidance}
@@ -308,8 +319,10 @@ class Desk:
 
     def _follow(
         self, user: str, jobs: list[Job], preview_steps: set[int] | None = None
-    ) -> Iterator[tuple[Job, str | Picture | Preview | None]]:
+    ) -> Iterator[tuple[Job, str | Picture | Preview | Waiting | None]]:
         """Events of jobs until all are done or stopped: text, previews, pictures, and None for a job that is done.
+
+        Where none comes for `WAITING_SECONDS`, the first job is said to be waiting.
 
         ``preview_steps`` names the steps whose estimates are wanted; without it, at most one comes every `PREVIEW_SECONDS`.
         """
@@ -318,7 +331,7 @@ class Desk:
             job.notify = lambda job, new: events.put((job, new))
             job.watch = _watcher(job, events, preview_steps)
         deadline = time.monotonic() + self.limits.seconds
-        remaining = len(jobs)
+        remaining, told = len(jobs), time.monotonic()
         with self._opening:  # registered before they are queued, so that a stop finds them
             self.open.setdefault(user, []).extend(jobs)
         try:
@@ -332,12 +345,16 @@ class Desk:
                 except queue.Empty:
                     if all(job.dropped for job in jobs):
                         return
+                    if time.monotonic() - told >= WAITING_SECONDS:
+                        yield jobs[0], Waiting(before=self.batches.before(jobs[0]))
+                        told = time.monotonic()
                     continue
                 if event is None:
                     remaining -= 1
                     if job.error is not None:
                         raise reading.as_refused(job.error) from job.error
                 yield job, event
+                told = time.monotonic()
         finally:
             if remaining:  # the listener went away or failed: nobody waits for the rest
                 self.batches.forget(jobs)

@@ -18,7 +18,7 @@ from xfusion.apps.web.controls import (
     status,
     user_of,
 )
-from xfusion.apps.web.desk import Preview
+from xfusion.apps.web.desk import Preview, Waiting
 
 KEPT = 48
 """Most pictures in a gallery."""
@@ -71,6 +71,9 @@ class Gallery:
                 yield gr.skip(), gr.skip(), status_line
                 settings = {"n": number, "steps": steps, "guidance": guidance, **seed_setting(seed)}
                 for event in self.desk.draw(user_of(request), pack, prompt, **settings):
+                    if isinstance(event, Waiting):
+                        yield gr.skip(), gr.skip(), progress(event)
+                        continue
                     if isinstance(event, Preview):
                         current[event.index] = (
                             self.desk.picture_file(event.picture),

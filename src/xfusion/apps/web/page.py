@@ -30,6 +30,8 @@ FORM = 65_536
 """Bytes of a request besides its uploaded file."""
 HANDLERS = 16
 """Calls of one kind that may wait for the queue at the same time; gradio delays the others."""
+THREADS = 40
+"""Threads besides those in which requests wait: stopping, for example, must not wait for one of them."""
 ABILITIES = {"text": "answers in words", "caption": "describes pictures", "draw": "draws pictures"}
 """Capability of a pack -> its description on the page."""
 STYLE = """
@@ -128,6 +130,7 @@ def create(
         input_placeholder_color_dark="*neutral_400",
     )
     page = blocks(desk, comparisons)
+    page.max_threads = limits.queue + limits.batch + THREADS
     page.queue(max_size=limits.queue, default_concurrency_limit=HANDLERS, api_open=False)
     return gr.mount_gradio_app(
         app,

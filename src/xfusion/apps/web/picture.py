@@ -14,7 +14,7 @@ from xfusion.apps.chat import with_segment
 from xfusion.apps.server.answers import Refused
 from xfusion.apps.web import brush
 from xfusion.apps.web.controls import Controls, complaint, drawing_text, progress, seed_setting, status, user_of
-from xfusion.apps.web.desk import Preview
+from xfusion.apps.web.desk import Preview, Waiting
 
 PAINTED = "what I paint"
 PAINT = ("#1f6feb", 0.6)
@@ -108,6 +108,8 @@ class Picture:
             for event in self.desk.say(user_of(request), pack, messages, max_tokens=min(64, self.limits.tokens)):
                 if isinstance(event, list):
                     yield event[-1].strip(), status("answering …")
+                else:
+                    yield gr.skip(), progress(event)
             yield gr.skip(), status()
         except Exception as error:
             yield "", complaint(error)
@@ -146,7 +148,9 @@ class Picture:
             yield gr.skip(), status("waiting …")
             settings = {"steps": steps, "guidance": guidance, **seed_setting(seed)}
             for event in self.desk.repaint(user_of(request), pack, _png(picture), _png(mask), prompt, **settings):
-                if isinstance(event, Preview):
+                if isinstance(event, Waiting):
+                    yield gr.skip(), progress(event)
+                elif isinstance(event, Preview):
                     yield self.desk.picture_file(event.picture), progress(event)
                 else:
                     yield str(event.path), status(drawing_text(event))
