@@ -5,8 +5,11 @@ import http.client
 import io
 import json
 import os
+import shutil
 import signal
 import socket
+import ssl
+import subprocess
 import sys
 import threading
 import time
@@ -1030,7 +1033,7 @@ def test_large_bodies_are_bounded_together(models):
         assert post(server, "/v1/chat/completions", b"a" * 190_000)[0] == 400
 
 
-@pytest.mark.parametrize("drips", ["head", "body", "body of unknown length"])
+@pytest.mark.parametrize("drips", ["head", "body", "body of unknown length", "handshake"])
 def test_a_host_that_drips_holds_no_reader(models, picture, monkeypatch, drips):
     monkeypatch.setattr(requests, "FETCH_SECONDS", 1.0)
     file, left = png(picture), threading.Event()
@@ -1041,7 +1044,9 @@ def test_a_host_that_drips_holds_no_reader(models, picture, monkeypatch, drips):
             connection.recv(65536)
             known = f"Content-Length: {len(file)}\r\n" if drips != "body of unknown length" else ""
             head = f"HTTP/1.0 200 OK\r\n{known}\r\n".encode()
-            if drips != "head":
+            if drips == "handshake":
+                connection.sendall(b"\x16\x03\x03\x40\x00")  # a record of 16,384 bytes
+            elif drips != "head":
                 connection.sendall(head + file[:-10])
             for byte in (head + file) * 9 if drips == "head" else bytes(1000):
                 connection.sendall(bytes([byte]))
@@ -1050,12 +1055,120 @@ def test_a_host_that_drips_holds_no_reader(models, picture, monkeypatch, drips):
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=drip, args=(listener,), daemon=True).start()
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}/a.png"
+        scheme = "https" if drips == "handshake" else "http"
+        url = f"{scheme}://127.0.0.1:{listener.getsockname()[1]}/a.png"
         messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
         with running(models, hosts=frozenset({"127.0.0.1"})) as server, server.client() as client:
             with pytest.raises(openai.BadRequestError, match="host did not send it within 1 seconds"):
                 client.chat.completions.create(model="dual-tower", messages=messages, max_tokens=4)
             assert left.wait(10), "the connection is still open"
+
+
+def fetched(model, *urls):
+    """The pictures of a request that names these addresses, read as the server reads them."""
+    blocks = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    params = requests.parse(requests.Chat, {"messages": [{"role": "user", "content": blocks}]})
+    hosts = frozenset({"127.0.0.1", "pictures.example"})
+    return requests.messages(params, model, Limits(), hosts)[0]["content"]
+
+
+@pytest.fixture
+def slow_host(picture):
+    """The port of a host that sends a picture after 0.4 seconds."""
+    file = png(picture)
+
+    def send(connection):
+        with connection:
+            connection.recv(65536)
+            time.sleep(0.4)
+            connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n" + file)
+
+    def accept(listener):
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=send, args=(listener.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, args=(listener,), daemon=True).start()
+        yield listener.getsockname()[1]
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def test_the_pictures_of_a_request_share_the_time_of_fetching(model, picture, slow_host, monkeypatch):
+    monkeypatch.setattr(requests, "FETCH_SECONDS", 1.0)
+    url = f"http://127.0.0.1:{slow_host}/a.png"
+    expected = square_picture(picture, SIDE)
+    assert [apart(one, expected) for one in fetched(model, url, url)] == [0, 0]
+    began = time.monotonic()
+    line = (
+        "image_url cannot be fetched: its host did not send it within 1 seconds, the time of all pictures of a request"
+    )
+    with pytest.raises(Refused, match=f"^{line}$"):
+        fetched(model, *[url] * 8)
+    assert 0.9 < time.monotonic() - began < 2
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificate")
+def test_pictures_are_fetched_over_tls_from_hosts_that_prove_their_name(model, picture, tmp_path, monkeypatch):
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    call = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=127.0.0.1"
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(["openssl", *call.split(), *names], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+
+    def serve(listener):
+        for _ in range(2):
+            with suppress(OSError), context.wrap_socket(listener.accept()[0], server_side=True) as connection:
+                assert connection.recv(65536).startswith(b"GET /a.png?b=1 HTTP/1.1\r\nHost: 127.0.0.1:")
+                connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n" + png(picture))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, args=(listener,), daemon=True).start()
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}/a.png?b=1"
+        with pytest.raises(Refused, match="image_url cannot be fetched: .*certificate verify failed"):
+            fetched(model, url)
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        assert apart(fetched(model, url)[0], square_picture(picture, SIDE)) == 0
+
+
+def test_the_time_of_fetching_begins_before_the_name_is_resolved(model, monkeypatch):
+    monkeypatch.setattr(requests, "FETCH_SECONDS", 0.5)
+    answered, resolve = threading.Event(), socket.getaddrinfo
+
+    def slowly(host, *others, **settings):
+        assert host != "pictures.example" or answered.wait(20)
+        return resolve("127.0.0.1", *others, **settings)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slowly)
+    began = time.monotonic()
+    try:
+        with pytest.raises(Refused, match="did not send it within 0.5 seconds"):
+            fetched(model, "http://pictures.example/a.png")
+        assert time.monotonic() - began < 2
+    finally:
+        answered.set()
+
+
+def test_the_addresses_of_a_host_share_the_time_of_fetching(model, picture, slow_host, monkeypatch):
+    """One at which nobody answers does not take all of it, and many of them no more."""
+    monkeypatch.setattr(requests, "FETCH_SECONDS", 1.2)
+    with socket.socket() as full, socket.socket() as last:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        last.connect(full.getsockname())  # no other connection is taken
+
+        def resolve(addresses):
+            found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address) for address in addresses]
+            monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+
+        resolve([full.getsockname(), ("127.0.0.1", slow_host)])
+        assert apart(fetched(model, "http://pictures.example/a.png")[0], square_picture(picture, SIDE)) == 0
+        began = time.monotonic()
+        resolve([full.getsockname()] * 8)
+        with pytest.raises(Refused, match="did not send it within 1.2 seconds"):
+            fetched(model, "http://pictures.example/a.png")
+        assert time.monotonic() - began < 3
 
 
 def test_a_picture_of_a_hundred_megapixels_is_refused_undecoded(models):

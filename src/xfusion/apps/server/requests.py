@@ -9,8 +9,10 @@ from __future__ import annotations
 import base64
 import binascii
 import http.client
+import queue
 import secrets
 import socket
+import ssl
 import threading
 import time
 import urllib.parse
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from xfusion.model import Model
 
 FETCH_SECONDS = 10.0
-"""How long fetching a picture may take, from the connection to the last byte."""
+"""How long fetching the pictures of a request may take, from the resolution of a host's name to the last byte."""
 STOP_CHARACTERS = 256
 """Longest stop sequence: all of the answer is compared with it."""
 LONGEST = 2048
@@ -335,10 +337,10 @@ def messages(
         raise incapable(model, "read pictures")
     if num_sounds and "caption" not in model.capabilities:
         raise incapable(model, "hear")
-    result = []
+    result, fetching = [], _Fetching(limits, hosts)
     for role, turn in turns:
         content = [
-            PICTURE if id(block) in placeholder_ids else _decode_block(block, model, limits, hosts) for block in turn
+            PICTURE if id(block) in placeholder_ids else _decode_block(block, model, limits, fetching) for block in turn
         ]
         if any(id(block) in placeholder_ids for block in turn):
             content = _join_lines(content)
@@ -370,17 +372,18 @@ def embedding_inputs(
            "characters")  # fmt: skip
     if not all(inputs):
         raise Refused(400, "input: a text is empty, there is nothing to embed", param="input")
+    fetching = _Fetching(limits, hosts)
     return [
-        _open_picture(text, model, limits, hosts) if is_picture else text
+        _open_picture(text, model, limits, fetching) if is_picture else text
         for text, is_picture in zip(inputs, are_pictures, strict=True)
     ]
 
 
-def _decode_block(block: Words | Picture | Heard, model: Model, limits: Limits, hosts: frozenset[str]) -> Any:
+def _decode_block(block: Words | Picture | Heard, model: Model, limits: Limits, fetching: _Fetching) -> Any:
     if isinstance(block, Words):
         return block.text
     if isinstance(block, Picture):
-        return _open_picture(block.image_url.url, model, limits, hosts)
+        return _open_picture(block.image_url.url, model, limits, fetching)
     try:
         audio = model.audio
     except XFusionError as error:
@@ -405,8 +408,8 @@ def incapable(model: Model, verb: str) -> Refused:
     return Refused(400, f"this model cannot {verb}: it can {capabilities}", code="not_capable", param="model")
 
 
-def _open_picture(url: str, model: Model, limits: Limits, hosts: frozenset[str]) -> PILImage.Image:
-    return resize_for_model(decode_picture(_fetch(url, limits, hosts), "image_url", limits), model)
+def _open_picture(url: str, model: Model, limits: Limits, fetching: _Fetching) -> PILImage.Image:
+    return resize_for_model(decode_picture(fetching.get(url), "image_url", limits), model)
 
 
 def decode_picture(data: bytes, name: str, limits: Limits) -> PILImage.Image:
@@ -458,59 +461,126 @@ def _is_file(url: str) -> bool:
     return bool(comma) and head.startswith("data:") and head.endswith(";base64") and not any(map(str.isspace, head))
 
 
-def _fetch(url: str, limits: Limits, hosts: frozenset[str]) -> bytes:
-    """The bytes at a URL."""
-    if url[:5].lower() == "data:":
-        if not _is_file(url):
-            raise Refused(400, "image_url: a data URL looks like data:image/png;base64,...", code="invalid_image")
-        return _decode_base64(url.partition(",")[2], "image_url", "invalid_image")
-    try:
-        parts = urllib.parse.urlsplit(url)
-        host = parts.hostname or ""
-    except ValueError as error:
-        raise Refused(400, f"image_url is no address: {error}", code="invalid_image") from error
-    if host not in hosts or parts.scheme not in ("http", "https"):
-        raise Refused(400, "image_url: this server takes data URLs only, and fetches no picture from there",
-                      code="remote_image", param="image_url")  # fmt: skip
-    data = _download(parts, limits.body)
-    within(len(data), limits.body, "image_url")
-    return data
+class _Fetching:
+    """Gets the pictures of one request, which share `FETCH_SECONDS`: a reader must not be held for that long by each."""
+
+    def __init__(self, limits: Limits, hosts: frozenset[str]):
+        self.limits, self.hosts, self.seconds = limits, hosts, FETCH_SECONDS
+
+    def get(self, url: str) -> bytes:
+        """The bytes at a URL."""
+        if url[:5].lower() == "data:":
+            if not _is_file(url):
+                raise Refused(400, "image_url: a data URL looks like data:image/png;base64,...", code="invalid_image")
+            return _decode_base64(url.partition(",")[2], "image_url", "invalid_image")
+        try:
+            parts = urllib.parse.urlsplit(url)
+            host = parts.hostname or ""
+        except ValueError as error:
+            raise Refused(400, f"image_url is no address: {error}", code="invalid_image") from error
+        if host not in self.hosts or parts.scheme not in ("http", "https"):
+            raise Refused(400, "image_url: this server takes data URLs only, and fetches no picture from there",
+                          code="remote_image", param="image_url")  # fmt: skip
+        start = time.monotonic()
+        try:
+            data = _download(parts, self.limits.body, self.seconds)
+        except TimeoutError as error:
+            reason = f"its host did not send it within {FETCH_SECONDS:g} seconds, the time of all pictures of a request"
+            raise _fetch_refusal(reason) from error
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise _fetch_refusal(str(error) or repr(error)) from error
+        self.seconds -= time.monotonic() - start
+        within(len(data), self.limits.body, "image_url")
+        return data
 
 
-def _download(parts: urllib.parse.SplitResult, limit: int) -> bytes:
-    """A host's response, without redirects and proxies, up to one byte more than ``limit``, within `FETCH_SECONDS` in all."""
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    timed_out = threading.Event()
+def _download(parts: urllib.parse.SplitResult, limit: int, seconds: float) -> bytes:
+    """A host's response, without redirects and proxies, up to one byte more than ``limit``.
+
+    Raises:
+        TimeoutError: it did not come within ``seconds``, from the resolution of the host's name to the last byte.
+        OSError, ValueError, HTTPException: it cannot be fetched.
+    """
+    end, host, timed_out = time.monotonic() + seconds, parts.hostname or "", threading.Event()
 
     def abort(open_socket: socket.socket) -> None:
         timed_out.set()
         with suppress(OSError):  # the bare socket, since TLS would wait for the other side
             socket.socket.shutdown(open_socket, socket.SHUT_RDWR)
 
-    try:
-        start = time.monotonic()
-        connection = kind(parts.hostname or "", parts.port, timeout=FETCH_SECONDS)
-        with closing(connection):
-            connection.connect()
-            # A socket timeout applies to each read, so a slow host could hold a reader for hours.
-            timer = threading.Timer(max(0.0, start + FETCH_SECONDS - time.monotonic()), abort, [connection.sock])
-            timer.daemon = True
-            timer.start()
-            try:
-                connection.request("GET", urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, "")))
-                response = connection.getresponse()
-                if response.status != 200:
-                    raise _fetch_refusal(f"its host answers {response.status} {response.reason}")
-                data = response.read(limit + 1)
-            finally:
-                timer.cancel()
+    if parts.scheme == "https":
+        context = ssl.create_default_context()
+        connection = http.client.HTTPSConnection(host, parts.port, context=context)
+        open_socket = context.wrap_socket(
+            _connect(host, connection.port, end), do_handshake_on_connect=False, server_hostname=host
+        )
+    else:
+        connection = http.client.HTTPConnection(host, parts.port)
+        open_socket = _connect(host, connection.port, end)
+    connection.sock = open_socket
+    with closing(connection):
+        # A socket timeout applies to each read, so a slow host could hold a reader for hours.
+        timer = threading.Timer(_seconds_until(end), abort, [open_socket])
+        timer.daemon = True
+        timer.start()
+        try:
+            if isinstance(open_socket, ssl.SSLSocket):
+                open_socket.do_handshake()
+            connection.request("GET", urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, "")))
+            response = connection.getresponse()
+            if response.status != 200:
+                raise _fetch_refusal(f"its host answers {response.status} {response.reason}")
+            data = response.read(limit + 1)
+        except (OSError, ValueError, http.client.HTTPException) as error:
             if timed_out.is_set():
-                raise TimeoutError
-            return data
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        is_slow = timed_out.is_set() or isinstance(error, TimeoutError)
-        reason = f"its host did not send it within {FETCH_SECONDS:g} seconds" if is_slow else str(error) or repr(error)
-        raise _fetch_refusal(reason) from error
+                raise TimeoutError from error
+            raise
+        finally:
+            timer.cancel()
+    if timed_out.is_set():
+        raise TimeoutError
+    return data
+
+
+def _connect(host: str, port: int, end: float) -> socket.socket:
+    """A connection to a host; its addresses share the time until ``end``."""
+    addresses, failure = _resolve(host, port, end), OSError(f"{host} has no address")
+    for i, (family, kind, protocol, _, address) in enumerate(addresses):
+        open_socket = socket.socket(family, kind, protocol)
+        try:
+            open_socket.settimeout(_seconds_until(end) / (len(addresses) - i))
+            open_socket.connect(address)
+            open_socket.settimeout(None)
+            return open_socket
+        except OSError as error:
+            open_socket.close()
+            failure = error
+    raise failure
+
+
+def _resolve(host: str, port: int, end: float) -> list[Any]:
+    """The addresses of a host, asked for in a thread of its own, since resolving a name has no timeout."""
+    answers = queue.SimpleQueue[list[Any] | OSError]()
+
+    def ask() -> None:
+        try:
+            answers.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except OSError as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = answers.get(timeout=_seconds_until(end))
+    except queue.Empty:
+        raise TimeoutError from None
+    if isinstance(answer, OSError):
+        raise answer
+    return answer
+
+
+def _seconds_until(end: float) -> float:
+    """The time that is left; a little where none is, since 0 is no timeout."""
+    return max(0.001, end - time.monotonic())
 
 
 def _fetch_refusal(reason: str) -> Refused:
