@@ -30,7 +30,7 @@ from contracts.table import SOUND_RATE, Noise, hearing_model
 from xfusion.apps import cli
 from xfusion.apps.commands.base import UsageError
 from xfusion.apps.commands.serve import listen
-from xfusion.apps.server import reading, requests, stopping, tickets
+from xfusion.apps.server import answers, reading, requests, stopping, tickets
 from xfusion.apps.server.batches import Continue
 from xfusion.data.sequence import Sound
 from xfusion.data.sounds import as_wav
@@ -173,6 +173,31 @@ def test_others_are_answered_while_a_request_is_parsed(server, monkeypatch, path
     done.set()
     asking.join(30)
     assert answers[0].status_code == 400
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "chat/completions, streamed", "images/generations"])
+def test_others_are_answered_while_a_picture_is_encoded(server, monkeypatch, path):
+    encoding, done, facts = threading.Event(), threading.Event(), answers.png_facts
+
+    def slow(given):
+        encoding.set()
+        assert done.wait(10)
+        return facts(given)
+
+    monkeypatch.setattr(answers, "png_facts", slow)
+    body = {"messages": say("a cat"), "modalities": ["image"], "stream": "streamed" in path, "steps": 1}
+    body = {"prompt": "a cat", "steps": 1} if path == "images/generations" else body
+    url = f"{server.address}/v1/{path.partition(',')[0]}"
+    given = []
+    asking = threading.Thread(target=lambda: given.append(httpx.post(url, timeout=30, trust_env=False, json=body)))
+    asking.start()
+    assert encoding.wait(10)
+    began = time.monotonic()
+    assert json.loads(get(server, "/health"))["status"] == "ok"
+    assert time.monotonic() - began < 5 and not given
+    done.set()
+    asking.join(30)
+    assert given[0].status_code == 200 and "iVBORw0KGgo" in given[0].text
 
 
 def with_frames(flac, count):

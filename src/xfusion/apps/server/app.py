@@ -242,14 +242,13 @@ class _Routes:
         finally:
             ticket.drop()
         facts = [self.service.picture_facts(name, job) | {"prompt": params.prompt} for job in jobs]
-        as_url = params.response_format == "url"
-        data = [
-            {"url": data_url(job.answer[0], picture_fact)}
-            if as_url
-            else {"b64_json": base64_png(job.answer[0], picture_fact)}
-            for job, picture_fact in zip(jobs, facts, strict=True)
-        ]
-        data = [{**picture, "seed": job.seed} for picture, job in zip(data, jobs, strict=True)]
+        key, encode = ("url", data_url) if params.response_format == "url" else ("b64_json", base64_png)
+
+        def encode_all() -> list[dict[str, Any]]:
+            entries = zip(jobs, facts, strict=True)
+            return [{key: encode(job.answer[0], picture_facts), "seed": job.seed} for job, picture_facts in entries]
+
+        data = await anyio.to_thread.run_sync(encode_all)
         trained_size, _ = draw_size(model, params.side())
         side = jobs[0].answer[0].width
         body = {"created": now(), "data": data, "output_format": "png", "size": f"{side}x{side}", "model": name}

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import AsyncIterator
 from typing import Any
 
+import anyio
 from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
@@ -36,7 +37,7 @@ class Completion:
             content = job.words.sent if job.words.stopped else "".join(words)
             message: dict[str, Any] = {"role": "assistant", "content": content if words else None}
             if pictures := [segment for segment in job.answer if not isinstance(segment, str)]:
-                message["images"] = self._images(job, pictures)
+                message["images"] = await self._images(job, pictures)
             choices.append(
                 {"index": job.index, "message": message, "finish_reason": self._reason(job), "logprobs": None}
             )
@@ -52,7 +53,7 @@ class Completion:
                 if new is None:
                     yield self._event(job.index, {}, self._reason(job))
                 else:
-                    delta = {"content": new} if isinstance(new, str) else {"images": self._images(job, [new])}
+                    delta = {"content": new} if isinstance(new, str) else {"images": await self._images(job, [new])}
                     yield self._event(job.index, delta)
         except ClientDisconnect:
             return
@@ -71,9 +72,14 @@ class Completion:
         chunk = {**self.head, "object": "chat.completion.chunk", **usage, **parts}
         return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
 
-    def _images(self, job: Job, pictures: list[Any]) -> list[dict[str, Any]]:
+    async def _images(self, job: Job, pictures: list[Any]) -> list[dict[str, Any]]:
+        """Pictures as blocks of a message, encoded in a thread."""
         facts = self.ticket.service.picture_facts(self.name, job)
-        return [{"type": "image_url", "image_url": {"url": data_url(picture, facts)}} for picture in pictures]
+
+        def encode() -> list[dict[str, Any]]:
+            return [{"type": "image_url", "image_url": {"url": data_url(picture, facts)}} for picture in pictures]
+
+        return await anyio.to_thread.run_sync(encode)
 
     def _reason(self, job: Job) -> str:
         work = job.work
