@@ -159,6 +159,8 @@ def test_models_are_listed(client, models):
     assert [m.id for m in client.models.list().data] == list(models)
     one = client.models.retrieve("dual-projection")
     assert one.owned_by == "xfusion" and "draw" in one.capabilities
+    base = Path(models["dual-projection"].backbone.source)
+    assert base.is_absolute() and one.base == base.name, "where it lies is nobody's business"
     with pytest.raises(openai.NotFoundError) as caught:
         client.models.retrieve("gpt-4")
     assert caught.value.code == "model_not_found"

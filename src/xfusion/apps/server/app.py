@@ -29,6 +29,7 @@ from xfusion.apps.server.metrics import CountingMiddleware
 from xfusion.apps.server.names import foreign_origin, host_name
 from xfusion.apps.server.service import Service
 from xfusion.apps.server.tickets import Arrival, Ticket
+from xfusion.comparison.results import portable
 from xfusion.generation import draw_size
 from xfusion.model import Model
 
@@ -132,7 +133,8 @@ class _Routes:
 
     def _model_entry(self, name: str) -> dict[str, Any]:
         model = self.models[name]
-        facts = {"capabilities": sorted(model.capabilities), "base": model.backbone.source, **self.service.facts[name]}
+        base = portable(model.backbone.source)
+        facts = {"capabilities": sorted(model.capabilities), "base": base, **self.service.facts[name]}
         return {"id": name, "object": "model", "created": self.service.since, "owned_by": "xfusion", **facts}
 
     async def embeddings(self, request: Request) -> Response:
