@@ -495,7 +495,8 @@ def find(name: str) -> Path:
     if path.is_dir():
         pack = pack_in(path)
         if not (pack / CONFIG).is_file():
-            raise XFusionError(f"{name} is not a pack: it has no {CONFIG}, and neither has {path / 'pack'}")
+            hides = f"; it hides the shipped pack {name}: rename it, or run this elsewhere" if name in shipped() else ""
+            raise XFusionError(f"{name} is not a pack: it has no {CONFIG}, and neither has {path / 'pack'}{hides}")
         return pack
     if name in shipped():
         return Path(str(resources.files("xfusion") / "packs" / name))

@@ -425,13 +425,19 @@ def test_a_revision_of_the_hub_may_have_slashes(pack, bases, monkeypatch):
         assert xfusion.load(name, revision=revision, backbone=bases["llama"]).fingerprint == model.fingerprint
 
 
-def test_broken_and_missing_packs_are_refused(pack, tmp_path):
+def test_broken_and_missing_packs_are_refused(pack, tmp_path, monkeypatch):
     _, folder = pack
     with pytest.raises(XFusionError, match="there is no pack"):
         xfusion.load(str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(XFusionError, match=r"is not a pack: it has no config\.json"):
         xfusion.load(tmp_path / "empty")
+    (tmp_path / "emoji").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        XFusionError, match=r"^emoji is not a pack: .*; it hides the shipped pack emoji: rename it, or run"
+    ):
+        xfusion.load("emoji")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "pack").symlink_to(folder)
     assert xfusion.load(tmp_path / "run").fingerprint == xfusion.load(folder).fingerprint  # a run's folder
