@@ -20,6 +20,7 @@ import weakref
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -48,7 +49,7 @@ from contracts.table import SIDE, SOUND_RATE, Noise, hearing_model, make_model, 
 
 import xfusion
 from xfusion.apps import cli
-from xfusion.apps.server import reading, requests
+from xfusion.apps.server import batches, reading, requests, tickets
 from xfusion.apps.server.answers import Refused
 from xfusion.apps.server.batches import Batches, Continue, Job
 from xfusion.apps.server.limits import Limits
@@ -355,6 +356,52 @@ def test_jobs_that_nobody_waits_for_when_they_get_other_work_are_let_go():
 
 def test_pictures_in(client, model, picture):
     answer = client.chat.completions.create(model="dual-tower", messages=look(picture, "what is this?"), max_tokens=8)
+def test_when_to_come_again_counts_what_runs_and_what_was_answered_alone(monkeypatch):
+    clock, gate = [0.0], threading.Event()
+    monkeypatch.setattr(batches, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    class Work:
+        batchable = True
+
+        def __init__(self, end, seconds=0.0):
+            self.end, self.seconds = end, seconds
+
+        def run(self, jobs):
+            clock[0] += self.seconds
+            self.end(jobs)
+            return [["a"]] * len(jobs)
+
+    def fail(jobs):
+        raise XFusionError("no")
+
+    def abandon(jobs):
+        queue.forget(jobs)
+        raise batches._Abandoned
+
+    def jobs(count, work):
+        settings = {"seed": 0, "index": 0, "notify": lambda job, new: None}
+        return [Job(work=work, inputs=[], words=TextStream(str), **settings) for _ in range(count)]
+
+    queue = Batches(2, 2)
+    queue.start()
+    for work in (
+        Work(lambda jobs: None, seconds=12.0),  # 6 for each of two
+        Work(fail),
+        Work(abandon),
+        Work(lambda jobs: queue.forget(jobs)),  # as words do that nobody hears any more
+    ):
+        queue.put(made := jobs(2, work))
+        until(lambda made=made: not queue.waiting and not queue.running)
+    for _ in range(2):
+        queue.put(jobs(2, Work(lambda jobs: gate.wait(20))))
+        until(lambda: queue.running)
+    with pytest.raises(Refused, match="^2 answers wait, and no more than 2 may: try again later$") as refused:
+        queue.put(jobs(1, None))
+    assert refused.value.headers == {"Retry-After": "8"}  # of four answers, each of 1 + 0.2 * (6 - 1) seconds
+    gate.set()
+    queue.close(10)
+
+
     (expected,) = model.generate([picture, "what is this?"], max_tokens=8)
     assert answer.choices[0].message.content == expected
     assert answer.usage.prompt_tokens == 16 + len(model.backbone.encode("what is this?"))

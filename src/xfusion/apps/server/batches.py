@@ -212,6 +212,8 @@ class Job:
     """No client waits for it any more."""
     ended: bool = False
     """The answer is done or has failed."""
+    is_answered: bool = False
+    """The answer is done, and a client waited for it."""
 
     def hear(self, token: int) -> bool:
         """Accept a token of the answer; False if no more are wanted."""
@@ -234,6 +236,7 @@ class Job:
         if self.ended:
             return
         self.answer, self.error = answer or [], error
+        self.is_answered = error is None and not self.dropped
         rest = self.words.rest() if error is None else ""
         if rest:
             self.notify(self, rest)
@@ -297,7 +300,7 @@ class Batches:
         if not self.open:
             raise stopping()
         if num_waiting + num_new > self.capacity:
-            seconds = min(60.0, self._seconds * num_waiting)
+            seconds = min(60.0, self._seconds * (num_waiting + len(self.running)))
             raise Refused(
                 429,
                 f"{num_waiting} answers wait, and no more than {self.capacity} may: try again later",
@@ -340,7 +343,8 @@ class Batches:
                     self._put_back(again)
                 else:
                     seconds = time.perf_counter() - start
-                    self._seconds += 0.2 * (seconds / len(jobs) - self._seconds)
+                    if any(job.is_answered for job in jobs):  # else it ended before its time
+                        self._seconds += 0.2 * (seconds / len(jobs) - self._seconds)
                     self.watch(jobs, seconds)
             except Exception as error:  # without this thread no request would ever be answered again
                 log.exception("the end of a batch of %d failed", len(jobs))
