@@ -249,6 +249,34 @@ def test_a_stream_says_what_one_piece_says(client, picture):
         assert len({c.id for c in chunks}) == 1
 
 
+def test_a_stream_that_waits_is_kept_open_by_comments(models, server, client, model, gate, monkeypatch):
+    monkeypatch.setattr(tickets, "QUIET_SECONDS", 0.2)
+    call = {"model": "dual-tower", "messages": say("two blue birds"), "max_tokens": 6, "stream": True}
+
+    def told(server):
+        url = f"{server.address}/v1/chat/completions"
+        with httpx.stream("POST", url, json=call, timeout=30, trust_env=False) as answer:
+            yield from filter(None, answer.iter_lines())
+
+    lines = told(server)
+    assert "assistant" in next(lines) and [next(lines), next(lines)] == [": waiting"] * 2
+    gate.set()
+    *_, last = lines
+    assert last == "data: [DONE]"
+    gate.clear()
+    opening = threading.Timer(0.7, gate.set)
+    opening.start()
+    chunks = list(client.chat.completions.create(**call))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == base_answer(model, call["messages"], 6, do_sample=False)
+    gate.clear()
+    with running(models, replace(TINY, seconds=1.0)) as hasty:
+        _, *waited, last = told(hasty)
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "deadline"
+        assert set(waited) == {": waiting"} and 2 <= len(waited) <= 5
+        gate.set()
+
+
 def test_stop_sequences_end_an_answer(client):
     call = {"model": "dual-tower", "messages": say("a red apple"), "max_tokens": 20, "temperature": 1.0, "seed": 1}
     whole = client.chat.completions.create(**call).choices[0].message.content
@@ -328,34 +356,6 @@ def test_the_thread_outlives_whatever_fails_behind_a_batch(model):
     assert str(second.error) == "a tokenizer failed" and third.error is None and third.answer
 
 
-def test_jobs_that_nobody_waits_for_when_they_get_other_work_are_let_go():
-    """Else they count as running, with all that they hold, until the next request comes."""
-    moved = threading.Event()
-
-    class Deciding:
-        batchable = True
-
-        def run(self, jobs):
-            queue.forget(jobs)
-            for job in jobs:
-                job.work = object()
-            moved.set()
-
-    job = Job(work=Deciding(), inputs=[], seed=0, index=0, words=TextStream(str), notify=lambda job, new: None)
-    queue = Batches(4, 4)
-    queue.put([job])
-    queue.start()
-    assert moved.wait(10)
-    until(lambda: not queue.running)
-    assert not queue.waiting
-    queue.close(10)
-
-
-# ---------------------------------------------------------------------------------------------------------- pictures
-
-
-def test_pictures_in(client, model, picture):
-    answer = client.chat.completions.create(model="dual-tower", messages=look(picture, "what is this?"), max_tokens=8)
 def test_when_to_come_again_counts_what_runs_and_what_was_answered_alone(monkeypatch):
     clock, gate = [0.0], threading.Event()
     monkeypatch.setattr(batches, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
@@ -402,6 +402,34 @@ def test_when_to_come_again_counts_what_runs_and_what_was_answered_alone(monkeyp
     queue.close(10)
 
 
+def test_jobs_that_nobody_waits_for_when_they_get_other_work_are_let_go():
+    """Else they count as running, with all that they hold, until the next request comes."""
+    moved = threading.Event()
+
+    class Deciding:
+        batchable = True
+
+        def run(self, jobs):
+            queue.forget(jobs)
+            for job in jobs:
+                job.work = object()
+            moved.set()
+
+    job = Job(work=Deciding(), inputs=[], seed=0, index=0, words=TextStream(str), notify=lambda job, new: None)
+    queue = Batches(4, 4)
+    queue.put([job])
+    queue.start()
+    assert moved.wait(10)
+    until(lambda: not queue.running)
+    assert not queue.waiting
+    queue.close(10)
+
+
+# ---------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_pictures_in(client, model, picture):
+    answer = client.chat.completions.create(model="dual-tower", messages=look(picture, "what is this?"), max_tokens=8)
     (expected,) = model.generate([picture, "what is this?"], max_tokens=8)
     assert answer.choices[0].message.content == expected
     assert answer.usage.prompt_tokens == 16 + len(model.backbone.encode("what is this?"))
@@ -1039,8 +1067,6 @@ def answered(connection):
 
 
 def test_a_body_that_does_not_come_is_given_up(server, monkeypatch):
-    from xfusion.apps.server import tickets
-
     monkeypatch.setattr(tickets, "BODY_SECONDS", 0.5)
     with begun(server, b'{"messages": [', 1000) as slow:
         status, _, body = answered(slow)

@@ -49,7 +49,11 @@ class Completion:
         for job in self.ticket.jobs:
             yield self._event(job.index, {"role": "assistant", "content": ""})
         try:
-            async for job, new in self.ticket.follow():
+            async for event in self.ticket.follow():
+                if event is None:
+                    yield ": waiting\n\n"  # a comment, which clients pass over
+                    continue
+                job, new = event
                 if new is None:
                     yield self._event(job.index, {}, self._reason(job))
                 else:

@@ -20,6 +20,8 @@ from xfusion.apps.server.service import Service
 
 BODY_SECONDS = 30.0
 """How long a client may take to send a request."""
+QUIET_SECONDS = 15.0
+"""How long the followers of a ticket hear nothing: proxies cut a connection over which nothing is sent for long."""
 PATIENCE = 0.5
 """Seconds that a request waits for a free place in a full queue."""
 Value = TypeVar("Value")
@@ -154,8 +156,10 @@ class Ticket:
         """Abandon the jobs: no client waits any more."""
         self.service.batches.forget(self.jobs)
 
-    async def follow(self) -> AsyncIterator[tuple[Job, Any]]:
+    async def follow(self) -> AsyncIterator[tuple[Job, Any] | None]:
         """Events until all jobs are done: new text of a job, a picture that it drew, or None for a job that is done.
+
+        None instead of an event says that none came for `QUIET_SECONDS`.
 
         Raises:
             ClientDisconnect: the client disconnected.
@@ -168,16 +172,24 @@ class Ticket:
         remaining, next_event = len(self.jobs), None
         try:
             while remaining:
-                next_event = asyncio.ensure_future(self.events.get())
+                next_event = next_event or asyncio.ensure_future(self.events.get())
                 seconds = max(0.0, self.deadline - self.loop.time())
                 await asyncio.wait(
-                    {next_event, disconnected, stopped}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+                    {next_event, disconnected, stopped},
+                    timeout=min(seconds, QUIET_SECONDS),
+                    return_when=asyncio.FIRST_COMPLETED,
                 )
                 if not next_event.done():
                     if disconnected.done():
                         raise ClientDisconnect
-                    raise stopping() if stopped.done() else _deadline_refusal(self.service)
+                    if stopped.done():
+                        raise stopping()
+                    if seconds <= QUIET_SECONDS:
+                        raise _deadline_refusal(self.service)
+                    yield None
+                    continue
                 job, new = next_event.result()
+                next_event = None
                 if new is None:
                     remaining -= 1
                     if job.error is not None:
