@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -21,7 +22,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from apps.serving import apart, draw_only, listening_at, opens_always, png, tiny_models
-from contracts.table import SIDE, Noise, hearing_model, make_model, randomise
+from contracts.table import SIDE, Noise, hearing_model, make_model, model_config, randomise
 
 import xfusion
 from xfusion.apps import cli
@@ -32,9 +33,12 @@ from xfusion.apps.server.limits import Limits
 from xfusion.apps.web import brush, heat
 from xfusion.apps.web import desk as web_desk
 from xfusion.apps.web.desk import Desk, Drawn, Look, Preview, Stopped, Waiting
+from xfusion.composition import together
 from xfusion.data.sequence import Text, XFusionError
 from xfusion.evaluation.attention import drawing_attention
+from xfusion.modalities.image import ImageModality, square_picture
 from xfusion.model import Model
+from xfusion.objectives.next_token import NextToken
 from xfusion.opening import Opening, answer_states, word_states
 
 TINY = Limits(queue=4, batch=4, seconds=20, n=3, tokens=24, steps=30, pixels=10_000, body=200_000, characters=500)
@@ -526,7 +530,7 @@ def test_a_pack_that_only_reads_says_so_and_not_what_to_paint(model, tmp_path):
     Noise(1).picture(0, 32).save(tmp_path / "a.png")
     for given, region in ((None, picture.PAINTED), (str(tmp_path / "a.png"), "left half")):
         (*_, (_, line)) = shown.inpaint("reads", given, region, [], "a house", "0", 2, 1, None)
-        assert "this model cannot draw: it can caption, text" in line
+        assert "this model cannot draw: it can caption, text; take a pack of a recipe such as xfusion" in line
     assert shown.canvas("reads", str(tmp_path / "a.png")) == (None, controls.status())
     laid, line = shown.canvas("draws", str(tmp_path / "a.png"))
     assert line == controls.status() and Image.open(laid["background"]).size == (brush.SIDE, brush.SIDE)
@@ -565,6 +569,72 @@ def test_what_was_cleared_away_says_no_more(desk, tab):
             said += [line for *_, line in walk]
             assert cleared.result(10)[-1] == controls.status()
         assert not any("stopped" in line for line in said) and not shown.clearing.working
+
+
+def test_whoever_has_cleared_a_tab_is_forgotten(desk):
+    controls = pytest.importorskip(
+        "xfusion.apps.web.controls", reason="gradio is not installed: pip install 'xfusion[web]'"
+    )
+
+    class Slow(Counter):
+        """Another thread has time between reading a number and writing it."""
+
+        def __getitem__(self, user):
+            found = super().__getitem__(user)
+            time.sleep(0.001)
+            return found
+
+    clearing = controls.Clearing(desk)
+    clearing.working = Slow()
+    users = [SimpleNamespace(session_hash=name) for name in "abc"]
+
+    def answer(user):
+        for _ in range(5):
+            with clearing.answering(user):
+                assert not clearing.cleared(ValueError(), user)
+            clearing.clear(user)
+
+    with ThreadPoolExecutor(6) as others:
+        assert list(others.map(answer, users * 2)) == [None] * 6
+    with ThreadPoolExecutor(1) as other, clearing.answering(users[0]):
+        cleared = other.submit(clearing.clear, users[0])
+        until(lambda: clearing.cleared(Stopped(), users[0]))
+        assert not clearing.cleared(Stopped(), users[1]) and not cleared.done()
+    assert not clearing.working and not clearing._cleared
+
+
+def test_of_two_packs_the_sheet_shows_the_cells_of_the_one_that_draws(model, tmp_path):
+    controls = pytest.importorskip(
+        "xfusion.apps.web.controls", reason="gradio is not installed: pip install 'xfusion[web]'"
+    )
+    from xfusion.apps.web.picture import Picture
+
+    base, silent = model.backbone, NextToken.Config(weight=0.0)
+    config = replace(model_config(base), text=silent, image=ImageModality.Config(patch=8, sizes=(2 * SIDE,)))
+    drawer = Model(config, base)
+    randomise(drawer)
+    both = together(drawer.eval(), model)
+    assert both.reads(Noise(1).picture(0, 32)).sizes == (SIDE,) and both.image.sizes == (2 * SIDE,)
+    Noise(1).picture(0, 64).save(tmp_path / "a.png")
+    desk = Desk({"both": both}, TINY, tmp_path)
+    desk.batches.start()
+    try:
+        shown, me = Picture(controls.Controls(desk)), SimpleNamespace(session_hash="me")
+        laid, line = shown.canvas("both", str(tmp_path / "a.png"))
+        seen = square_picture(Image.open(tmp_path / "a.png"), 2 * SIDE)
+        assert line == controls.status()
+        assert apart(Image.open(laid["background"]), brush.sheet(seen, (4, 4))) == 0
+        paint = Image.new("RGBA", (brush.SIDE, brush.SIDE))
+        paint.paste((234, 92, 20, 255), (0, 0, brush.SIDE // 4, brush.SIDE // 4))  # one cell
+        paint.save(tmp_path / "paint.png")
+        layers, settings = [str(tmp_path / "paint.png")], ("a house", "0", 2, 1)
+        *_, (file, _) = shown.inpaint("both", str(tmp_path / "a.png"), "what I paint", layers, *settings, me)
+        changed = (numpy.asarray(Image.open(file)) != numpy.asarray(seen)).any(axis=2)
+        assert changed[:8, :8].any() and not changed[8:].any() and not changed[:, 8:].any()
+        *_, said = shown.caption("both", str(tmp_path / "a.png"), "", me)
+        assert said[1] == controls.status()
+    finally:
+        desk.batches.close(10)
 
 
 @pytest.fixture

@@ -429,6 +429,11 @@ def resize_for_model(picture: PILImage.Image, model: Model) -> PILImage.Image:
     return _square_picture(picture, side)
 
 
+def resize_for_drawing(picture: PILImage.Image, model: Model) -> PILImage.Image:
+    """A picture as `trained_side` asks for it: a part of it is to be drawn anew."""
+    return _square_picture(picture, trained_side(model))
+
+
 def _square_picture(picture: PILImage.Image, side: int) -> PILImage.Image:
     try:
         return square_picture(picture, side)
@@ -623,4 +628,4 @@ def picture_and_mask(
         source = "the mask" if mask is not None else "the picture"
         raise Refused(400, f"{source} leaves nothing to draw anew in its middle square: mark some of it", param="mask")
     tokens = PILImage.fromarray(touched_tokens.view(grid).byte().mul(255).numpy())
-    return _square_picture(picture, side), tokens.resize((side, side), PILImage.Resampling.NEAREST)
+    return resize_for_drawing(picture, model), tokens.resize((side, side), PILImage.Resampling.NEAREST)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -79,35 +80,42 @@ class Clearing:
     def __init__(self, desk: Desk):
         self.desk = desk
         self._cleared = set[str]()
-        """Users who cleared the tab since their last request there."""
+        """Users with answers in progress who cleared the tab since their last request there."""
         self.working = Counter[str]()
         """Users with answers in progress."""
+        self._changing = threading.Lock()
 
     @contextmanager
     def answering(self, request: gr.Request) -> Iterator[None]:
         """Mark an answer as in progress inside the block."""
         user = user_of(request)
-        self._cleared.discard(user)
-        self.working[user] += 1
+        with self._changing:
+            self._cleared.discard(user)
+            self.working[user] += 1
         try:
             yield
         finally:
-            self.working[user] -= 1
-            if not self.working[user]:
-                self.working.pop(user)
+            with self._changing:
+                self.working[user] -= 1
+                if not self.working[user]:
+                    self.working.pop(user)
+                    self._cleared.discard(user)
 
     def clear(self, request: gr.Request) -> None:
         """Stop the tab's answers, and wait for their last update: one that comes after clearing would stay on the page."""
-        self._cleared.add(user_of(request))
+        user = user_of(request)
         for _ in range(CLEAR_CHECKS):
-            self.desk.stop(user_of(request))
-            if user_of(request) not in self.working:
-                return
+            with self._changing:
+                if user not in self.working:
+                    return
+                self._cleared.add(user)
+            self.desk.stop(user)
             time.sleep(LISTEN_SECONDS / 2)
 
     def cleared(self, error: Exception, request: gr.Request) -> bool:
         """Whether the failed answer had been cleared."""
-        return isinstance(error, Stopped) and user_of(request) in self._cleared
+        with self._changing:
+            return isinstance(error, Stopped) and user_of(request) in self._cleared
 
 
 def user_of(request: gr.Request) -> str:

@@ -183,10 +183,21 @@ class Desk:
         Raises:
             Refused: it is not a picture, or beyond the limits.
         """
-        model = self.model(name)
+        return requests.resize_for_model(self._decode_upload(path), self.model(name))
+
+    def open_canvas(self, path: str | Path, name: str | None) -> Picture:
+        """An uploaded file at the size at which the model draws: of several packs, another one may do that than sees it.
+
+        Raises:
+            Refused: it is not a picture, or beyond the limits, or this pack does not draw.
+        """
+        model = self.drawing_model(name)
+        return requests.resize_for_drawing(self._decode_upload(path), model)
+
+    def _decode_upload(self, path: str | Path) -> Picture:
         file = Path(path)
         requests.within(file.stat().st_size, self.limits.body, "the file's size in bytes")
-        return requests.resize_for_model(requests.decode_picture(file.read_bytes(), "the file", self.limits), model)
+        return requests.decode_picture(file.read_bytes(), "the file", self.limits)
 
     def drawing_model(self, name: str | None) -> Model:
         """A pack that draws pictures.

@@ -100,7 +100,7 @@ class Picture:
     def caption(self, pack: str, upload: str | None, question: str, request: gr.Request) -> Iterator[tuple[Any, ...]]:
         """A pack's streamed caption of the picture, or answer to a question about it; and a status line."""
         try:
-            picture = self._open(pack, upload)
+            picture = self.desk.open_upload(_given(upload), pack)
             yield "", status("looking …")
             messages = (
                 with_segment(with_segment([], picture), question) if question.strip() else with_segment([], picture)
@@ -119,9 +119,11 @@ class Picture:
         try:
             if not upload:
                 return None, status()
-            picture, model = self._open(pack, upload), self.desk.model(pack)
+            model = self.desk.model(pack)
             if "draw" not in model.capabilities:
+                self.desk.open_upload(upload, pack)  # what is wrong with it is said now
                 return None, status()
+            picture = self.desk.open_canvas(upload, pack)
             sheet_file = self.desk.picture_file(brush.sheet(picture, model.image.grid(picture.width)))
             return {"background": sheet_file, "layers": [], "composite": None}, status()
         except Exception as error:
@@ -138,7 +140,7 @@ class Picture:
         """The picture with a part of it inpainted, with previews; and a status line."""
         try:
             self.desk.drawing_model(pack)
-            picture = self._open(pack, upload)
+            picture = self.desk.open_canvas(_given(upload), pack)
             if region == PAINTED:
                 mask = self.desk.painted_mask(layers, picture.width)
             elif region in REGIONS:
@@ -157,10 +159,12 @@ class Picture:
         except Exception as error:
             yield gr.skip(), complaint(error)
 
-    def _open(self, pack: str, upload: str | None) -> PILImage.Image:
-        if not upload:
-            raise Refused(400, "drop a picture first")
-        return self.desk.open_upload(upload, pack)
+
+def _given(upload: str | None) -> str:
+    """The path of the picture that is asked about."""
+    if not upload:
+        raise Refused(400, "drop a picture first")
+    return upload
 
 
 def _uploaded_path(payload: Any) -> str | None:
