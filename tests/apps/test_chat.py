@@ -168,7 +168,13 @@ def test_mistakes_are_one_line_each(model, here, monkeypatch):
         assert complaint in said.replace("\n", " ")
     assert "/image PATH" in said and not made.messages
     monkeypatch.setattr(type(model), "capabilities", {"text"})
-    assert "cannot draw" in talk(model, "/draw a")[0] and "cannot read pictures" in talk(model, "/image a.png")[0]
+    for line, cannot, recipe in (
+        ("/draw a", "draw", "xfusion"),
+        ("/image a.png", "read pictures", "llava_1_5"),
+        ("/look a", "read pictures", "llava_1_5"),
+    ):
+        said = " ".join(talk(model, line)[0].split())
+        assert said == f"this pack cannot {cannot}: it can text; take one of a recipe such as {recipe}"
 
 
 def test_a_model_cannot_tell_the_terminal_what_to_do(model, here, monkeypatch, capsys):
@@ -310,12 +316,30 @@ def test_terminals_that_draw_pictures_are_sent_them_whole():
     assert all(len(data) <= 4096 for _, data in parts)
     iterm = inline(picture, {"TERM_PROGRAM": "iTerm.app"})
     head, _, data = iterm.removesuffix("\a").partition(":")
-    assert head == f"\033]1337;File=inline=1;size={len(base64.b64decode(data))};width={COLUMNS}"
+    size = len(base64.b64decode(data))
+    assert head == f"\033]1337;File=inline=1;size={size};width={COLUMNS};height={COLUMNS // 2}"
     for encoded in ("".join(data for _, data in parts), data):
         with PILImage.open(io.BytesIO(base64.b64decode(encoded))) as shown:
             assert shown.convert("RGB").tobytes() == picture.convert("RGB").tobytes()
     assert inline(picture, {"TERM": "xterm-256color"}) is None
     assert inline(picture, {"TERM": "xterm-kitty", "TMUX": "/tmp/tmux-0/default,1,0"}) is None
+
+
+@pytest.mark.parametrize(
+    ("size", "extent", "sent_size"),
+    [((16, 16_000), "r=16", (1, 1024)), ((4000, 3000), "c=32", (1024, 768)), ((1024, 1024), "c=32", (1024, 1024))],
+)
+def test_a_terminal_is_sent_no_more_than_it_can_show(size, extent, sent_size):
+    sent = inline(PILImage.new("RGB", size), {"TERM": "xterm-kitty"})
+    (keys, *_), parts = zip(*re.findall(r"\033_G([^;]*);([^\033]*)\033\\", sent), strict=True)
+    assert keys.startswith(f"a=T,f=100,{extent},m=")
+    with PILImage.open(io.BytesIO(base64.b64decode("".join(parts)))) as shown:
+        assert shown.size == sent_size
+
+
+def test_a_tall_picture_does_not_flood_the_terminal():
+    assert half_blocks(PILImage.new("RGB", (16, 16_000)), 64).plain == "\n".join(["▀"] * 32)
+    assert half_blocks(PILImage.new("RGB", (320, 640)), 40).plain == "\n".join(["▀" * 20] * 20)
 
 
 def test_half_blocks():

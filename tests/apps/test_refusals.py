@@ -124,7 +124,8 @@ def test_a_talk_goes_on_behind_a_refusal(here, monkeypatch, capsys, pack):
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     assert cli.main(["chat", pack, "--steps", "1", "--max-tokens", "3", "--json"]) == 0
     said = capsys.readouterr()
-    assert f"this pack cannot read pictures: it can {ABLE[pack]}" in said.err
+    complaint = f"this pack cannot read pictures: it can {ABLE[pack]}; take one of a recipe such as llava_1_5"
+    assert complaint in " ".join(said.err.split())
     turns = json.loads(said.out)["messages"]
     assert [turn["role"] for turn in turns] == ["user", "assistant"] * (1 + (pack == "draws"))
 
@@ -133,22 +134,24 @@ def test_a_server_refuses_before_anything_is_computed(here, monkeypatch):
     models = {name: xfusion.load(here / name) for name in ABLE}
     monkeypatch.setattr(Model, "run_pass", None)
     shown = {"type": "image_url", "image_url": {"url": as_url(Noise().picture(0, 32))}}
+    heard = {"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}
     with running(models) as server, server.client() as client:
         for model, content, more, message in (
-            ("embeds", [shown], {}, "this model cannot read pictures: it can embed, text"),
-            ("draws", [shown], {}, "this model cannot read pictures: it can draw, text"),
-            (
-                "draws",
-                "a tree",
-                {"modalities": ["image", "text"]},
-                "cannot say words behind a picture: it can draw, text",
-            ),
-            ("embeds", "a tree", {"modalities": ["image"]}, "this model cannot draw: it can embed, text"),
+            ("embeds", [shown], {}, ("read pictures", "llava_1_5")),
+            ("draws", [shown], {}, ("read pictures", "llava_1_5")),
+            ("draws", [heard], {}, ("hear", "qwen_audio")),
+            ("draws", "a tree", {"modalities": ["image", "text"]}, ("say words behind a picture", "xfusion")),
+            ("embeds", "a tree", {"modalities": ["image"]}, ("draw", "xfusion")),
         ):
             messages = [{"role": "user", "content": content}]
-            with pytest.raises(openai.BadRequestError, match=message) as error:
+            with pytest.raises(openai.BadRequestError) as error:
                 client.chat.completions.create(model=model, messages=messages, extra_body=more)
             assert error.value.code == "not_capable"
+            verb, recipe = message
+            line = f"this model cannot {verb}: it can {ABLE[model]}; take a pack of a recipe such as {recipe}"
+            assert error.value.body["message"] == line
+        with pytest.raises(openai.BadRequestError, match="it can draw, text; take a pack of a recipe such as clip"):
+            client.embeddings.create(model="draws", input="a tree")
 
 
 def test_a_prompt_that_is_too_long_has_openais_code(here, monkeypatch):

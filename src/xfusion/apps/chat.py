@@ -38,7 +38,7 @@ HELP = """\
 /quit         leave (so do Ctrl-D, and Ctrl-C twice; once it ends an answer, or drops the line)
 Anything else is said to the model."""
 MAX_COLUMNS = 64
-"""Maximum width of a picture in columns."""
+"""Maximum width of a picture in columns, and its maximum height in half lines."""
 
 
 @dataclass(kw_only=True)
@@ -132,7 +132,7 @@ class Chat:
         """Add a picture to the next turn."""
         if not path:
             raise UsageError("/image PATH: name a picture file")
-        self._require("caption", "read pictures")
+        self._require("caption", "read pictures", "llava_1_5")
         draw_size(self.model, None)  # refuses an audio pack
         file = Path(_unquote(path)).expanduser()
         picture = pictures.read(file)
@@ -144,7 +144,7 @@ class Chat:
         if not path:
             raise UsageError("/sound PATH: name a sound file")
         audio = self.model.audio  # refuses an image pack
-        self._require("caption", "hear")
+        self._require("caption", "hear", "qwen_audio")
         sound = sounds.read_sound(Path(_unquote(path)).expanduser())
         audio.as_heard(sound, audio.sizes[0])  # a sound that is too long is refused now
         self.messages = with_segment(self.messages, sound)
@@ -153,7 +153,7 @@ class Chat:
         """Draw a picture of a prompt and add it to the conversation."""
         if not words:
             raise UsageError("/draw WORDS: say what to draw")
-        self._require("draw", "draw")
+        self._require("draw", "draw", "xfusion")
         draw_size(self.model, None)  # refuses an audio pack
         picture = self._picture(words)
         self.messages = [*with_segment(self.messages, words), {"role": "assistant", "content": [picture]}]
@@ -162,7 +162,7 @@ class Chat:
         """Ask about the last picture that was drawn, alone with the question, as packs are trained."""
         if not words:
             raise UsageError("/look WORDS: say what to ask about the last picture")
-        self._require("caption", "read pictures")
+        self._require("caption", "read pictures", "llava_1_5")
         if self.last is None:
             raise UsageError("/look: nothing was drawn yet; /draw WORDS draws")
         if self.messages and self.messages[-1]["role"] == "user":
@@ -210,9 +210,10 @@ class Chat:
         self.answers += 1
         return self.seed + self.answers - 1
 
-    def _require(self, capability: str, verb: str) -> None:
+    def _require(self, capability: str, verb: str, recipe: str) -> None:
         if capability not in self.model.capabilities:
-            raise UsageError(f"this pack cannot {verb}: it can {', '.join(sorted(self.model.capabilities))}")
+            able = ", ".join(sorted(self.model.capabilities))
+            raise UsageError(f"this pack cannot {verb}: it can {able}; take one of a recipe such as {recipe}")
 
     def _print(self, text: str) -> None:
         self.console.print(readable(text), end="", markup=False, highlight=False, soft_wrap=True)
@@ -238,7 +239,9 @@ def with_segment(messages: list[dict[str, Any]], segment: str | Picture | Sound)
 
 
 COLUMNS = 32
-"""Width in columns of a picture that the terminal draws."""
+"""Most columns of a picture that the terminal draws, and twice the most lines."""
+SIDE = 1024
+"""Longest side in pixels of a picture that is sent to the terminal."""
 CHUNK = 4096
 """Most characters per chunk of kitty's protocol."""
 
@@ -247,7 +250,7 @@ def inline(picture: Picture, environment: Mapping[str, str]) -> str | None:
     """A picture as escape sequences of kitty's graphics protocol or iTerm2's inline images.
 
     Args:
-        picture: sent as PNG.
+        picture: sent as PNG, with a longest side of at most `SIDE`.
         environment: environment variables that identify the terminal. Neither protocol works inside tmux or screen.
 
     Returns:
@@ -255,24 +258,27 @@ def inline(picture: Picture, environment: Mapping[str, str]) -> str | None:
     """
     if environment.get("TMUX") or environment.get("STY"):
         return None
-    file = BytesIO()
-    picture.save(file, "PNG")
+    file, sent = BytesIO(), picture.copy()
+    sent.thumbnail((SIDE, SIDE))
+    sent.save(file, "PNG")
     data = b64encode(file.getvalue()).decode("ascii")
     if environment.get("KITTY_WINDOW_ID") or environment.get("TERM") in ("xterm-kitty", "xterm-ghostty"):
         parts = [data[start : start + CHUNK] for start in range(0, len(data), CHUNK)]
         continued = [int(number < len(parts)) for number in range(1, len(parts) + 1)]
-        keys = [f"a=T,f=100,c={COLUMNS},m={continued[0]}", *(f"m={value}" for value in continued[1:])]
+        extent = f"c={COLUMNS}" if picture.width >= picture.height else f"r={COLUMNS // 2}"
+        keys = [f"a=T,f=100,{extent},m={continued[0]}", *(f"m={value}" for value in continued[1:])]
         return "".join(f"\033_G{key};{part}\033\\" for key, part in zip(keys, parts, strict=True))
     if environment.get("TERM_PROGRAM") in ("iTerm.app", "WezTerm") or environment.get("LC_TERMINAL") == "iTerm2":
-        return f"\033]1337;File=inline=1;size={len(file.getvalue())};width={COLUMNS}:{data}\a"
+        size = len(file.getvalue())
+        return f"\033]1337;File=inline=1;size={size};width={COLUMNS};height={COLUMNS // 2}:{data}\a"
     return None
 
 
 def half_blocks(picture: Picture, columns: int) -> Line:
-    """A picture as lines of half blocks: two pixels per character, one above the other."""
+    """A picture as lines of half blocks: two pixels per character, one above the other; at most ``columns`` pixels a side."""
     image = picture.convert("RGB")
-    width = min(columns, image.width)
-    height = max(2, round(image.height * width / image.width / 2) * 2)
+    scale = min(1.0, columns / max(image.size))
+    width, height = max(1, round(image.width * scale)), max(2, round(image.height * scale / 2) * 2)
     image = image.resize((width, height))
     lines = Line()
     for row in range(0, height, 2):

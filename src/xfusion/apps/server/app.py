@@ -143,7 +143,7 @@ class _Routes:
             params = await arrival.parse_json(requests.Embeddings)
             name, model = self.service.model(params.model)
             if "embed" not in model.capabilities:
-                raise requests.incapable(model, "embed")
+                raise requests.incapable(model, "embed", "clip")
             job, prompt = await arrival.read(partial(reading.embeddings, params, model, self.limits, self.hosts))
             as_text = params.encoding_format == "base64"
             del params  # as large as the request, and the queue may be long

@@ -35,9 +35,9 @@ def chat(params: requests.Chat, model: Model, limits: Limits, hosts: frozenset[s
         raise Refused(400, "whether to draw is decided behind a turn of the user", param="messages")
     if "image" in params.modalities:
         if "draw" not in model.capabilities:
-            raise requests.incapable(model, "draw")
+            raise requests.incapable(model, "draw", "xfusion")
         if "text" in params.modalities and "caption" not in model.capabilities:
-            raise requests.incapable(model, "say words behind a picture")
+            raise requests.incapable(model, "say words behind a picture", "xfusion")
         requests.trained_side(model)
         turns[-1]["content"].append(Image(size=params.side()))
         if "text" in params.modalities:
@@ -144,7 +144,7 @@ def _check_drawing(params: requests.Images, model: Model, limits: Limits) -> int
     steps = params.drawing_steps(limits)
     requests.within(len(params.prompt), limits.characters, "characters")
     if "draw" not in model.capabilities:
-        raise requests.incapable(model, "draw")
+        raise requests.incapable(model, "draw", "xfusion")
     requests.trained_side(model)
     return steps
 

@@ -334,9 +334,9 @@ def messages(
     characters = sum(len(b.text) for b in blocks if isinstance(b, Words)) + len(PICTURE) * len(placeholder_ids)
     within(characters, limits.characters, "characters")
     if num_pictures and "caption" not in model.capabilities:
-        raise incapable(model, "read pictures")
+        raise incapable(model, "read pictures", "llava_1_5")
     if num_sounds and "caption" not in model.capabilities:
-        raise incapable(model, "hear")
+        raise incapable(model, "hear", "qwen_audio")
     result, fetching = [], _Fetching(limits, hosts)
     for role, turn in turns:
         content = [
@@ -402,10 +402,11 @@ def _blocks(message: Message) -> list[Words | Picture | Heard]:
     return list(message.content or [])
 
 
-def incapable(model: Model, verb: str) -> Refused:
-    """The error for something that a model cannot do."""
-    capabilities = ", ".join(sorted(model.capabilities))
-    return Refused(400, f"this model cannot {verb}: it can {capabilities}", code="not_capable", param="model")
+def incapable(model: Model, verb: str, recipe: str) -> Refused:
+    """The error for something that a model cannot do, and a model of ``recipe`` could."""
+    able = ", ".join(sorted(model.capabilities))
+    message = f"this model cannot {verb}: it can {able}; take a pack of a recipe such as {recipe}"
+    return Refused(400, message, code="not_capable", param="model")
 
 
 def _open_picture(url: str, model: Model, limits: Limits, fetching: _Fetching) -> PILImage.Image:

@@ -207,7 +207,7 @@ class Desk:
         """
         model = self.model(name)
         if "draw" not in model.capabilities:
-            raise requests.incapable(model, "draw")
+            raise requests.incapable(model, "draw", "xfusion")
         return model
 
     def painted_mask(self, layers: Sequence[str | Path], side: int) -> Picture:
