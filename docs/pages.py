@@ -143,7 +143,11 @@ def figures(name: str) -> list[str]:
     titles = [SCORES[score].title for score in SHOWN_OF_RECIPE if any(SCORES[score].title in row for row in rows)]
     lines = table(rows, ("comparison", "recipe", "runs", *titles)) if rows else []
     if rows and all(find(form)() != find(name)() for form in forms):
-        lines = ["No comparison ran the command above without arguments; those that ran are in the second column.", "", *lines]
+        lines = [
+            "No comparison ran the command above without arguments; those that ran are in the second column.",
+            "",
+            *lines,
+        ]
     if re.search(rf"xfusion train [\"']?{name}\b", (HERE / "training_log.md").read_text(encoding="utf-8")):
         lines.append("Its other runs and scores are in the [training log](../training_log.md).")
     elif lines:
