@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from xfusion.data.recaption import Ask
 from xfusion.data.sequence import XFusionError, first_line
+from xfusion.modalities.encoders.loading import load_pretrained
 from xfusion.storage import file_hash, hub_commit
 
 
@@ -187,8 +188,4 @@ def _load_complete(source: str, revision: str | None, kind: Any, **options: Any)
 
 
 def _load(source: str, revision: str | None, kind: Any, **options: Any) -> Any:
-    """``kind.from_pretrained``, with its errors as an `XFusionError` of one line."""
-    try:
-        return kind.from_pretrained(source, revision=revision, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise XFusionError(f"model {source!r} cannot be loaded: {first_line(error)}") from error
+    return load_pretrained("model", source, revision, kind.from_pretrained, trust_remote_code=False, **options)

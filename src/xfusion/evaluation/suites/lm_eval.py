@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from xfusion.data.sequence import XFusionError
+from xfusion.data.sequence import XFusionError, first_line
 
 MAY_BE_ZERO = {"shots"}
 
@@ -79,9 +79,7 @@ def run(
             fewshot_random_seed=0,
         )
     except (KeyError, ValueError, OSError) as error:  # no such task, or a hub that cannot be reached
-        raise XFusionError(
-            f"lm-eval cannot run {tasks!r}: {(str(error).strip() or repr(error)).splitlines()[0]}"
-        ) from error
+        raise XFusionError(f"lm-eval cannot run {tasks!r}: {first_line(error)}") from error
     scores: dict[str, Any] = {}
     assert output is not None, "the harness returns None only in processes after the first"
     for task, metrics in output["results"].items():

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from xfusion.data.sequence import XFusionError
+from xfusion.data.sequence import XFusionError, first_line
 from xfusion.evaluation.metrics.clusters import RESAMPLES, bootstrap
 from xfusion.evaluation.verify import bit_equal
 from xfusion.storage import file_hash
@@ -225,7 +225,7 @@ def _rows(name: str) -> list[dict[str, Any]]:
             lines = path.read_text(encoding="utf-8").splitlines()
             rows = [json.loads(line) if path.suffix == ".jsonl" else {"text": line} for line in lines if line.strip()]
     except (OSError, ValueError) as error:
-        raise XFusionError(f"{name} cannot be read: {str(error).splitlines()[0]}") from error
+        raise XFusionError(f"{name} cannot be read: {first_line(error)}") from error
     if not rows:
         raise XFusionError(f"{name} has no rows")
     return rows

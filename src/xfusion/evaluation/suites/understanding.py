@@ -34,7 +34,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from xfusion.data.sequence import XFusionError
+from xfusion.data.sequence import XFusionError, first_line
 from xfusion.evaluation.abilities import refuse_unable
 from xfusion.evaluation.metrics.blind import blind
 from xfusion.evaluation.metrics.clusters import interval
@@ -321,7 +321,7 @@ def nlvr_rows(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) 
     try:
         table = parquet.read_table(path)
     except (OSError, ArrowException) as error:
-        raise XFusionError(f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else 'empty'}") from error
+        raise XFusionError(f"{path} cannot be read: {first_line(error)}") from error
     if missing := [name for name in columns if name not in table.column_names]:
         raise XFusionError(f"{path} has no column {missing[0]!r}; it has {', '.join(table.column_names)}")
     return table.select([n for n in (*columns, *optional) if n in table.column_names]).to_pylist()

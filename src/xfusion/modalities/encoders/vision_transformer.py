@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from xfusion.data.sequence import XFusionError, first_line
+from xfusion.data.sequence import XFusionError
 from xfusion.modalities.base import Encoder
+from xfusion.modalities.encoders.loading import load_pretrained
 from xfusion.storage import card_licence, hub_file
 
 
@@ -46,7 +47,9 @@ class VisionTransformer(Encoder):
             """Its transformers configuration; weights are not loaded."""
             from transformers import AutoConfig
 
-            config = _load_pretrained(self, AutoConfig.from_pretrained, trust_remote_code=False)
+            config = load_pretrained(
+                "encoder", self.source, self.revision, AutoConfig.from_pretrained, trust_remote_code=False
+            )
             return getattr(config, "vision_config", config)
 
         @property
@@ -88,11 +91,12 @@ class VisionTransformer(Encoder):
         self.width, self.side = shape.hidden_size, shape.image_size
         self.cells = self.side // shape.patch_size
         options = {"trust_remote_code": False, "output_loading_info": True}
-        model, report = _load_pretrained(config, AutoModel.from_pretrained, config=shape, **options)
+        place = "encoder", config.source, config.revision
+        model, report = load_pretrained(*place, AutoModel.from_pretrained, config=shape, **options)
         if report["missing_keys"]:
             raise XFusionError(f"encoder {config.source!r} lacks weights: {sorted(report['missing_keys'])[0]}")
         self.model: Any = model.float()
-        preprocessor, _ = _load_pretrained(config, ImageProcessingMixin.get_image_processor_dict)
+        preprocessor, _ = load_pretrained(*place, ImageProcessingMixin.get_image_processor_dict)
         self.register_buffer("mean", torch.tensor(preprocessor["image_mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preprocessor["image_std"]).view(3, 1, 1), persistent=False)
         self.freeze()
@@ -116,11 +120,3 @@ class VisionTransformer(Encoder):
         states = self.model(pixel_values=pixels, output_hidden_states=True).hidden_states[self.config.layer]
         patches = states[:, -(self.cells**2) :]  # all other tokens come before them
         return patches.transpose(1, 2).unflatten(2, (self.cells, self.cells)).float()
-
-
-def _load_pretrained(encoder: VisionTransformer.Config, load: Any, **options: Any) -> Any:
-    """The result of a transformers loader for the source, with one-line errors."""
-    try:
-        return load(encoder.source, **({"revision": encoder.revision} if encoder.revision else {}), **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise XFusionError(f"encoder {encoder.source!r} cannot be loaded: {first_line(error)}") from error

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xfusion.data.sequence import XFusionError, first_line
+from xfusion.data.sequence import XFusionError
 from xfusion.modalities.base import SoundCodec
+from xfusion.modalities.encoders.loading import load_pretrained
 from xfusion.storage import hub_file
 
 RATE = 16_000
@@ -107,9 +108,10 @@ class Whisper(SoundCodec):
         from transformers import WhisperFeatureExtractor, WhisperModel
         from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-        encoder, report = _load_pretrained(self.config, WhisperEncoder.from_pretrained, output_loading_info=True)
+        place = "encoder", self.config.source, self.config.revision
+        encoder, report = load_pretrained(*place, WhisperEncoder.from_pretrained, output_loading_info=True)
         if report["missing_keys"]:  # a whole model, whose encoder is one level deeper
-            model, report = _load_pretrained(self.config, WhisperModel.from_pretrained, output_loading_info=True)
+            model, report = load_pretrained(*place, WhisperModel.from_pretrained, output_loading_info=True)
             encoder = model.encoder
         if missing_keys := [name for name in report["missing_keys"] if "decoder" not in name]:
             raise XFusionError(f"encoder {self.config.source!r} is no Whisper: it lacks the weights {missing_keys[0]}")
@@ -123,13 +125,5 @@ class Whisper(SoundCodec):
             encoder.embed_positions = torch.nn.Embedding.from_pretrained(
                 encoder.embed_positions.weight[: self.longest].clone()
             )
-        self.spectra = _load_pretrained(self.config, WhisperFeatureExtractor.from_pretrained)
+        self.spectra = load_pretrained(*place, WhisperFeatureExtractor.from_pretrained)
         self.network = encoder.float().requires_grad_(False).eval().to(self.place.device)
-
-
-def _load_pretrained(config: Whisper.Config, load: Any, **options: Any) -> Any:
-    """The result of a transformers loader for the source, with one-line errors."""
-    try:
-        return load(config.source, **({"revision": config.revision} if config.revision else {}), **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise XFusionError(f"encoder {config.source!r} cannot be loaded: {first_line(error)}") from error
