@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,6 +125,32 @@ def run_rows(
     cache = _SplicingCache(before, after, splice_own)
     output = layer(x, attention_mask=mask, **call, **{_cache_name(layer): cache})
     return (output[0] if isinstance(output, tuple) else output), cache.own_kv
+
+
+@contextmanager
+def attention_weights(modules: Iterable[nn.Module]) -> Iterator[dict[int, Tensor]]:
+    """Inside the ``with`` block, the weights ``[B, H, n, k]`` of the attention that ran last at each layer.
+
+    Args:
+        modules: decoder layers whose attention is eager, or modules that contain such; their shadows are recorded too.
+
+    Returns:
+        Layer index -> weights, filled as the modules compute.
+    """
+    weights: dict[int, Tensor] = {}
+
+    def record(module: Any, _: Any, output: Any) -> None:
+        # Eager attention returns its weights beside the states.
+        if isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor):
+            weights[module.layer_idx] = output[1]
+
+    numbered = [module for root in modules for module in root.modules() if hasattr(module, "layer_idx")]
+    handles = [module.register_forward_hook(record) for module in numbered]
+    try:
+        yield weights
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 BLOCK = 128

@@ -1,6 +1,7 @@
 """Where a picture's tokens look: against the equation, written out in float64."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,22 @@ def test_every_mechanism_that_draws_is_asked_where_it_computes_pictures(bases, f
     torch.testing.assert_close(total, torch.ones_like(total))
     other = drawing_attention(model, PROMPT, tokens().flip(0), GRID)
     assert (other.on_words - found.on_words).abs().amax() > 1e-4, "it does not depend on the picture"
+
+
+def test_what_another_model_computes_meanwhile_is_not_recorded(bases, monkeypatch):
+    model, other = make_model(bases["llama"]), make_model(bases["gemma3"])
+    alone, run_pass = drawing_attention(model, PROMPT, tokens(), GRID), model.run_pass
+
+    def run_both(batch):
+        found = run_pass(batch)
+        engine = other.training_engine(other.backbone.dtype, "", "eager", False)
+        with other.using(replace(engine, reference=True)), torch.no_grad():
+            other.run_pass(batch)
+        return found
+
+    monkeypatch.setattr(model, "run_pass", run_both)
+    found = drawing_attention(model, PROMPT, tokens(), GRID)
+    assert torch.equal(found.on_words, alone.on_words) and torch.equal(found.on_picture, alone.on_picture)
 
 
 def test_a_picture_without_words(bases):

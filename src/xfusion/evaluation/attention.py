@@ -11,16 +11,15 @@ Shape legend: ``L`` layers, ``M`` tokens of the picture, ``W`` tokens of the pro
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
+from torch import Tensor
 
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Sequence, Text, XFusionError
 from xfusion.data.templates import opened
 from xfusion.generation import refuse_to_draw
+from xfusion.layers import attention_weights
 from xfusion.model import Model
 
 
@@ -61,22 +60,14 @@ def drawing_attention(model: Model, prompt: str, tokens: Tensor, grid: tuple[int
     picture = model.image.segment(tokens.cpu(), grid, state="noised")
     batch = pack([[Sequence(segments=(*opened(model.backbone.begin_ids, context), picture))]])
     batch = batch.to(model.backbone.device)
-    weights_by_layer: dict[int, Tensor] = {}
-
-    def record(module: nn.Module, _: Any, output: Any) -> None:
-        # Every attention module of transformers has its layer's index; the eager one also returns its weights.
-        index = getattr(module, "layer_idx", None)
-        if index is not None and isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor):
-            # If a layer has two blocks, the new one runs last.
-            weights_by_layer[index] = output[1][0].float().mean(0).cpu()
-
     engine = model.training_engine(model.backbone.dtype, "plain products give their weights", "eager", False)
-    with model.using(replace(engine, reference=True)):
-        handle = register_module_forward_hook(record)
-        try:
-            _, run = model.run_pass(batch)
-        finally:
-            handle.remove()
+    # If a layer has two blocks, the new one runs last.
+    with (
+        model.using(replace(engine, reference=True)),
+        attention_weights([*engine.backbone.layers, model.fusion]) as weights_of_heads,
+    ):
+        _, run = model.run_pass(batch)
+    weights_by_layer = {index: weights[0].float().mean(0).cpu() for index, weights in weights_of_heads.items()}
     layers = tuple(index for index in sorted(model.fusion.state_layers) if index in weights_by_layer)
     modality = run.media
     if modality is None or not layers or any(len(weights_by_layer[i]) != _positions(run.slices) for i in layers):
