@@ -104,15 +104,13 @@ def recipe_index() -> str:
     )
 
 
-def picture(name: str, base: Backbone) -> Path | None:
+def drawing(name: str, base: Backbone) -> str | None:
     """The drawing of a recipe on the first base, or None where it cannot be built there."""
     try:
         model = build(find(name)().model, base)
     except ValueError:
         return None
-    file = HERE / "pictures" / f"recipe_{name}.svg"
-    file.write_text(diagram(f"{name} on {_base_name(base)}", model), encoding="utf-8")
-    return file
+    return diagram(f"{name} on {_base_name(base)}", model)
 
 
 def _base_name(base: Backbone) -> str:
@@ -200,8 +198,12 @@ def cost_part(name: str, bases: list[Backbone]) -> list[str]:
 
 def recipe_page(name: str, bases: list[Backbone]) -> str:
     """The page of a recipe."""
-    drawing = [] if (file := picture(name, bases[0])) is None else [f"![{name}](../{file.relative_to(HERE)})", ""]
-    lines = [*title_part(name), *drawing, *text_part(name), *cost_part(name, bases)]
+    lines = title_part(name)
+    if (svg := drawing(name, bases[0])) is not None:
+        file = HERE / "pictures" / f"recipe_{name}.svg"
+        file.write_text(svg, encoding="utf-8")
+        lines += [f"![{name}](../{file.relative_to(HERE)})", ""]
+    lines += [*text_part(name), *cost_part(name, bases)]
     return "\n".join([*lines, "## Figures", "", *figures(name), ""])
 
 

@@ -20,3 +20,13 @@ def pages():
         yield module
     finally:
         sys.path.remove(str(DOCS))
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    """The embedded base, loaded once: recipes only read it."""
+    from xfusion.backbone import EMBEDDED, Backbone
+
+    base = Backbone.load(EMBEDDED)
+    yield base
+    assert base.compute_fingerprint() == base.fingerprint

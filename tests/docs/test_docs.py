@@ -499,16 +499,6 @@ def test_all_marked_blocks_run(document, tmp_path, request, hub_of_documents):
     execute(document, tmp_path, hub_of_documents)
 
 
-@pytest.fixture(scope="session")
-def embedded():
-    """The embedded base, loaded once: recipes only read it."""
-    from xfusion.backbone import EMBEDDED, Backbone
-
-    base = Backbone.load(EMBEDDED)
-    yield base
-    assert base.compute_fingerprint() == base.fingerprint
-
-
 @pytest.fixture
 def loaded_once(embedded, monkeypatch):
     """Whoever loads the embedded base is handed that of the session."""

@@ -13,6 +13,7 @@ from xfusion.recipes.base import names
 
 ROOT = Path(__file__).parents[2]
 HINT = "run: python docs/pages.py"
+DRAWN = "![{0}](../pictures/recipe_{0}.svg)\n\n"
 
 
 def committed(name):
@@ -30,17 +31,26 @@ def test_a_page_says_what_its_recipe_says(name, pages):
     head, cost, rest = committed(name).partition("## Cost\n")
     _, figures, measured = rest.partition("## Figures\n")
     assert cost and figures
-    drawn = f"![{name}](../pictures/recipe_{name}.svg)\n\n"
-    if drawn in head:
-        assert (ROOT / "docs" / "pictures" / f"recipe_{name}.svg").is_file()
-    assert head.replace(drawn, "") == "\n".join([*pages.title_part(name), *pages.text_part(name), ""]), HINT
+    assert head.replace(DRAWN.format(name), "") == "\n".join([*pages.title_part(name), *pages.text_part(name), ""]), (
+        HINT
+    )
     assert measured == "\n".join(["", *pages.figures(name), ""]), HINT
 
 
-@pytest.mark.parametrize(
+each_name = pytest.mark.parametrize(
     "name",
     ["xfusion", "blip2", *(pytest.param(n, marks=pytest.mark.full) for n in names() if n not in ("xfusion", "blip2"))],
 )
+
+
+@each_name
+def test_drawings_are_drawn_again(name, pages, embedded):
+    drawing, file = pages.drawing(name, embedded), ROOT / "docs" / "pictures" / f"recipe_{name}.svg"
+    assert (file.read_text(encoding="utf-8") if file.is_file() else None) == drawing, HINT
+    assert (DRAWN.format(name) in committed(name)) == (drawing is not None), HINT
+
+
+@each_name
 def test_costs_are_counted_again(name, pages):
     shape = next(iter(SHAPES))
     counted = pages.cost_part(name, [Backbone.of_shape(shape)])
