@@ -510,7 +510,7 @@ def bench_table(result: dict[str, Any]) -> list[str]:
                 add(name, part.get(key, "not measured"), target)
     for name, part in result.get("denoising", {}).items():
         if isinstance(part, dict):
-            figure = f"`denoising_step_over_tower_flops`, {name.replace('_', ' ')}"
+            figure = f"`denoising_step_over_tower_flops`, {name.replace('_compiled', ' if compiled').replace('_', ' ')}"
             add(figure, part["denoising_step_over_tower_flops"], "at most 1.15")
     if "generate" in result:
         add("`ratio_to_base_generate`", result["generate"]["ratio_to_base_generate"], "0.98")

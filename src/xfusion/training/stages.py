@@ -29,7 +29,8 @@ class Stage:
     """Gradient accumulation: how many times the mixture is read per optimiser step."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of storing its activations: same losses and gradients, less memory,
-    more time. `xfusion show` predicts the memory, `xfusion bench --only activation_checkpointing` measures both."""
+    more time. Compiled steps save less memory than `xfusion show` predicts for uncompiled ones; `xfusion bench --only
+    activation_checkpointing` measures memory and time."""
     clip: float = 1.0
     """Gradients are clipped to this norm."""
     weight_decay: float = 0.0
