@@ -474,6 +474,19 @@ def test_a_run_that_was_stopped_goes_on(go, base):
     assert [json.loads(line)["step"] for line in log if '"event": "step"' in line] == [0, 1, 2]
 
 
+def test_a_run_that_was_stopped_goes_on_at_no_other_rate(go, base):
+    """`train` would resume it: a run of a comparison has one rate from its first step to its last."""
+
+    def stop(part, done, total):
+        if "one-seed0" in part and (done, total) == (2, 3):
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        go({"one": tiny(base)}, progress=stop, seeds=(0,))
+    with pytest.raises(XFusionError, match=r"one-seed0/state was made with stages\.0\.rate = 0\.002, now it is 0\.001"):
+        go({"one": tiny(base, rate=1e-3)}, seeds=(0,))
+
+
 def test_processes_share_the_work(go, base):
     """While one holds a run, another takes the other runs; nothing is done twice, and the table is the same."""
     recipes = {"one": tiny(base), "two": tiny(base, mlp=8)}

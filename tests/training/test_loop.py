@@ -287,6 +287,60 @@ def test_resuming_another_recipe_is_refused_with_both_values(straight, bases, ot
         train(bases["llama"], straight[0], recipe_=recipe(bases["llama"], **other), resume=True)
 
 
+def test_a_run_goes_on_at_a_lower_rate_from_its_very_state(straight, bases, tmp_path):
+    """The same batch and noise meet the same weights: the next loss has the same bits, and the step is another one."""
+    base = bases["llama"]
+    lower = recipe(base, rate=1e-3, clip=0.5, schedule="cosine")
+    said, out = io.StringIO(), tmp_path / "run"
+    with pytest.raises(Interrupted):
+        train(base, out, listener=StopAt(5))
+    with pytest.raises(Interrupted):
+        train(base, out, recipe_=lower, resume=True, listener=StopAt(8), console=Console(file=said, width=200))
+    changes = [("rate", 0.002, 0.001), ("schedule", "linear", "cosine"), ("clip", 1.0, 0.5)]
+    assert [line for line in said.getvalue().splitlines() if line.startswith("changed")] == [
+        f"changed   stages.0.{name} {before} -> {now}" for name, before, now in changes
+    ]
+    train(base, out, recipe_=lower, resume=True)  # nothing changes any more
+    assert log(out, "changed") == [
+        {"event": "changed", "step": 6, "setting": f"stages.0.{name}", "before": before, "now": now}
+        for name, before, now in changes
+    ]
+    first, now = recipe(base).stages[0], lower.stages[0]
+    assert [e["rate"] for e in log(out)] == [(first if i < 6 else now).rate_at(i, 12) for i in range(12)]
+    assert step_records(out)[:6] == step_records(straight[0])[:6]
+    sixth, unchanged = (log(run)[6] for run in (out, straight[0]))
+    assert (sixth["losses"], sixth["gradient_norm"]) == (unchanged["losses"], unchanged["gradient_norm"])
+    assert log(out)[7]["losses"] != log(straight[0])[7]["losses"]
+    config = json.loads((out / "pack" / "config.json").read_text())
+    assert config["recipe"]["stages"][0]["rate"] == 0.001
+    assert config["training"]["changes"] == "; ".join(f"stages.0.{n} {b} -> {a} behind step 6" for n, b, a in changes)
+    assert "stages.0.rate 0.002 -> 0.001 behind step 6" in (out / "pack" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("other", "field"),
+    [({"ema": 0.9}, "ema"), ({"accumulate": 2}, "accumulate"), ({"steps": 14}, "steps"), ({"rate": 1e-3}, "rate")],
+    ids=str,
+)
+def test_what_a_state_depends_on_and_what_is_over_cannot_be_changed(bases, tmp_path, other, field):
+    """The first stage is over: whoever reads its rate in the pack should read the one that it had."""
+    base = bases["llama"]
+    stages = Stage(steps=2, warmup=1), Stage(steps=4, warmup=1)
+    with pytest.raises(Interrupted):
+        train(base, tmp_path, recipe_=recipe(base, stages=stages), listener=StopAt(1))
+    changed = dataclasses.replace(stages[0], **other), stages[1]
+    before, now = (getattr(stage, field) for stage in (stages[0], changed[0]))
+    with pytest.raises(XFusionError) as error:
+        train(base, tmp_path, recipe_=recipe(base, stages=changed), resume=True)
+    assert str(error.value) == (
+        f"{tmp_path} was started otherwise: stages.0.{field} was {before} and is now {now}; give the same settings to resume"
+        " (of a stage with steps left rate, warmup, schedule, clip, weight_decay may be others)"
+    )
+    later = stages[0], dataclasses.replace(stages[1], rate=1e-3, warmup=2, weight_decay=0.1)
+    train(base, tmp_path, recipe_=recipe(base, stages=later), resume=True)
+    assert [e["rate"] for e in log(tmp_path)][2:] == [later[1].rate_at(i, 4) for i in range(4)]
+
+
 def test_a_run_is_not_overwritten_and_nothing_is_not_resumed(straight, bases, tmp_path):
     with pytest.raises(XFusionError, match="already holds a run: pass --resume"):
         train(bases["llama"], straight[0])
@@ -429,6 +483,72 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(bases, tmp_path
     state = state_of(tmp_path)
     assert plan_of(tmp_path)["step"] == 3
     assert all(bool(v.isfinite().all()) for v in state.values())
+
+
+def not_finite_loss(total):
+    return total * math.nan
+
+
+def not_finite_gradient(total):
+    return total + (total - total.detach()).abs().sqrt()  # sqrt has an infinite slope at 0
+
+
+REASONS = {
+    not_finite_loss: "the loss flow_matching is nan at step {}",
+    not_finite_gradient: "the gradient's norm is nan at step {}, although the loss is finite",
+}
+
+
+def break_steps(monkeypatch, steps, spoil):
+    """What these steps compute is not finite."""
+    losses = loop._Run._losses
+
+    def broken(self, batch, generator):
+        found, zero = losses(self, batch, generator)
+        at_step = self.progress.step in steps
+        return {
+            k: (spoil(total) if at_step and k == "flow_matching" else total, n) for k, (total, n) in found.items()
+        }, zero
+
+    monkeypatch.setattr(loop._Run, "_losses", broken)
+
+
+@pytest.mark.parametrize("spoil", REASONS)
+def test_a_step_that_is_not_finite_is_skipped_as_asked_and_changes_nothing(bases, tmp_path, monkeypatch, caplog, spoil):
+    base, said = bases["llama"], io.StringIO()
+    break_steps(monkeypatch, (3, 8), spoil)
+    console = Console(file=said, width=200)
+    train(base, tmp_path, skip_nonfinite=2, checkpoint_every=0, keep=20, console=console)
+    reasons = [REASONS[spoil].format(step) for step in (3, 8)]
+    assert [(e["step"], e["reason"]) for e in log(tmp_path, "skipped")] == [(3, reasons[0]), (8, reasons[1])]
+    assert [e["step"] for e in log(tmp_path)] == [0, 1, 2, 4, 5, 6, 7, 9, 10, 11]
+    assert f"{reasons[0]}: skipped, 1 of at most 2 such steps" in caplog.text
+    assert "skipped   2 steps whose loss or gradient was not finite" in said.getvalue()
+    assert log(tmp_path, "end")[0]["skipped"] == 2
+    plans, tensors = zip(*(states.read(tmp_path / "state" / f"step_{step:08d}") for step in (3, 4, 5)), strict=True)
+    assert same(tensors[0], tensors[1]) and not same(tensors[1], tensors[2])  # weights, average and moments
+    assert plans[0]["recent"] == plans[1]["recent"] and [plan["samples"] for plan in plans] == [24, 24, 32]
+    training = json.loads((tmp_path / "pack" / "config.json").read_text())["training"]
+    assert (training["steps"], training["skipped_steps"], training["samples"]) == (12, 2, 80)
+
+
+def test_one_step_more_that_is_not_finite_stops_also_behind_a_break(bases, tmp_path, monkeypatch):
+    base = bases["llama"]
+    break_steps(monkeypatch, (3, 8), not_finite_loss)
+    train(base, tmp_path / "straight", skip_nonfinite=2)
+    with pytest.raises(Interrupted):
+        train(base, tmp_path / "run", skip_nonfinite=1, listener=StopAt(5))
+    with pytest.raises(loop.Diverged) as error:
+        train(base, tmp_path / "run", skip_nonfinite=1, resume=True)
+    assert str(error.value) == (
+        "the loss flow_matching is nan at step 8 behind 1 skipped ones: training stopped; the last checkpoint in"
+        f" {tmp_path / 'run' / 'state'}, behind step 6, is intact: go on with --resume and a lower --stages.0.rate than 0.002"
+    )
+    train(base, tmp_path / "run", skip_nonfinite=2, resume=True)
+    assert step_records(tmp_path / "run") == step_records(tmp_path / "straight")
+    assert same(state_of(tmp_path / "run"), state_of(tmp_path / "straight"))
+    assert same(pack_of(tmp_path / "run"), pack_of(tmp_path / "straight"))
+    assert [e["step"] for e in log(tmp_path / "run", "skipped")] == [3, 8]
 
 
 # ------------------------------------------------------------------------------------------------------------ budgets
@@ -914,6 +1034,19 @@ def test_a_stage_that_would_train_nothing_is_refused_before_anything_is_made(bas
     with pytest.raises(XFusionError, match=message) as error:
         train(bases["llama"], tmp_path / "run", recipe_=recipe(bases["llama"], stages=stages))
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"skip_nonfinite": -1}, "skip-nonfinite is -1: 0 steps or more are skipped"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_means_nothing_is_refused_before_anything_is_made(bases, tmp_path, settings, message):
+    with pytest.raises(XFusionError) as error:
+        train(bases["llama"], tmp_path / "run", **settings)
+    assert str(error.value) == message and not (tmp_path / "run").exists()
 
 
 def test_rates_rise_and_fall():

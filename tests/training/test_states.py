@@ -19,7 +19,7 @@ from training.runs import StopAt, log, pack_of, plan_of, recipe, same, state_of,
 import xfusion
 from xfusion import checkpoint
 from xfusion.data.sequence import XFusionError
-from xfusion.training import loop, optimizer, progress, states
+from xfusion.training import loop, optimizer, outputs, progress, states
 from xfusion.training.stopping import Interrupted, stopping
 
 resource = pytest.importorskip("resource")
@@ -354,6 +354,19 @@ def test_a_second_signal_stops_at_once_and_leaves_the_last_checkpoint(bases, tmp
     assert not isinstance(stopped.value, Interrupted)
     assert steps(tmp_path / "state")[0] == 2
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+@pytest.mark.parametrize("when", ["save_file", "write_pack"])
+def test_a_signal_behind_the_last_step_finds_the_run_finished(bases, tmp_path, monkeypatch, when):
+    """State and pack are being written; what follows them is done, too: the last preview and the end of the log."""
+    module = states if when == "save_file" else outputs
+    real = getattr(module, when)
+    monkeypatch.setattr(
+        module, when, lambda *args, **more: (os.kill(os.getpid(), signal.SIGTERM), real(*args, **more))[1]
+    )
+    train(bases["llama"], tmp_path, steps=3, preview_every=300, preview_prompts=("a red square",))
+    assert [e["step"] for e in log(tmp_path, "end")] == [3] and (tmp_path / "previews" / "step_000003.png").is_file()
+    assert xfusion.load(tmp_path / "pack", backbone=bases["llama"]).recorded
 
 
 def test_only_the_main_thread_listens_to_signals():

@@ -429,6 +429,10 @@ class _Comparison:
     def _train(self, recipe: Recipe, source: Source, work: Path, title: str) -> Model:
         steps = sum(stage.steps for stage in recipe.stages)
         resume = bool(states.list_states(work / "state"))
+        if resume:  # a run may be resumed at another rate, which is no run of a comparison
+            plan = states.newest_plan(work / "state")
+            recorded = checkpoint.from_json(plan["recipe"], trust=True, where=str(work))
+            refuse_changed(work / "state", *map(checkpoint.to_json, (recorded, recipe)))
 
         def listen(event: dict[str, Any]) -> None:
             if event["event"] == "step":

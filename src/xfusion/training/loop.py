@@ -8,6 +8,7 @@ examples (`unreadable`), computes all losses and updates the weights (`optimizer
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 import signal
@@ -30,8 +31,6 @@ from xfusion.card import training_runs
 from xfusion.data.mixture import Prefetcher, WeightedBatch
 from xfusion.data.sequence import Batch, XFusionError
 from xfusion.data.sources import Source, stated_licence
-from xfusion.evaluation.run import finite
-from xfusion.evaluation.verify import text_keeping
 from xfusion.modalities.image import ImageModality
 from xfusion.model import Model
 from xfusion.training import outputs, resuming, setup, states, summary
@@ -51,6 +50,7 @@ if TYPE_CHECKING:
     from xfusion.training.sharding import Sharding
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 def train(
@@ -60,6 +60,7 @@ def train(
     data: str | None = None,
     source: Source | None = None,
     allow_bad: float = 0.0,
+    skip_nonfinite: int = 0,
     steps: int | None = None,
     minutes: float | None = None,
     resume: bool = False,
@@ -88,10 +89,13 @@ def train(
         source: an opened source instead of ``data``.
         allow_bad: share of unreadable examples that is skipped. It includes those that become unreadable during the run, which
             other examples replace, in all processes alike. One more stops the run and writes its state.
+        skip_nonfinite: how many steps of the run may have a loss or a gradient that is not finite. These are skipped: weights,
+            moments and average stay as they are. One more stops the run.
         steps: overrides the number of steps of the last stage.
         minutes: wall-clock budget, compilation included. Once the pace is steady the number of steps is fixed and logged. Only
             for recipes with one stage.
-        resume: continue the run in this folder with its next batch.
+        resume: continue the run in this folder with its next batch. Of its settings only those that each step reads anew may be
+            others (`xfusion.training.resuming.CHANGEABLE`); these are printed, logged and recorded in the pack.
         from_pack: start from this pack's weights.
         backbone: an already loaded base; its device is the run's.
         device: where to load the base, if none is given.
@@ -110,8 +114,9 @@ def train(
 
     Raises:
         XFusionError: bad data, a dtype that cannot train, another recipe on resume, or a folder that cannot be written.
-        Diverged: a loss or a gradient is not finite.
-        Interrupted: Ctrl-C or SIGTERM; the step was finished, and state and pack were written.
+        Diverged: a loss or a gradient is not finite, and `skip_nonfinite` steps were skipped before.
+        Interrupted: Ctrl-C or SIGTERM; the step was finished, and state and pack were written. Behind the last step the run is
+            finished instead.
     """
     if data is not None:
         recipe = replace(recipe, data=data, data_licence=None)
@@ -122,6 +127,7 @@ def train(
         out=Path(out),
         source=source,
         allow_bad=allow_bad,
+        skip_nonfinite=skip_nonfinite,
         minutes=minutes,
         resume=resume,
         from_pack=from_pack,
@@ -162,6 +168,8 @@ class _Run:
         self.command = settings.command
         self.earlier: list[dict[str, Any]] = []
         """Records of the runs behind the pack that this run started from."""
+        self.changes: list[str] = []
+        """The settings that were changed when the run was resumed, in the order of their steps."""
         self.saved_step: int | None = None
         """Step of the newest intact state, which was written last or resumed from."""
         self.preview_every = settings.preview_every
@@ -213,22 +221,10 @@ class _Run:
         model = self.model
         self.earlier = [] if settings.from_pack is None else training_runs(model.recorded.facts)
         setup.check_losses(model, self.recipe.stages, self.processes.count, self.shard)
-        self._check_loss_weights()
         self.source = source = setup.open_data(settings, backbone.special_tokens)
         self.data_licence = stated_licence(source.licence, self.recipe.data_licence, source.spec)
         if "draw" not in model.capabilities or not isinstance(model.modality, ImageModality):
             self.preview_every = 0.0
-
-    def _check_loss_weights(self) -> None:
-        """A loss over a whole batch would compare only samples of equal weight, which are a batch of their own."""
-        together = [objective.name for objective in self.model.objectives if objective.scope == "batch"]
-        for number, stage in enumerate(self.recipe.stages):
-            if together and stage.mixture.loss_weights:
-                raise XFusionError(
-                    f"stage {number} weighs the losses of each source, but the loss {together[0]} compares the items of all:"
-                    f" leave --stages.{number}.mixture.loss-weights out, or weigh the sources by their samples"
-                    " (--data a:weight=2+b)"
-                )
 
     def _prepare_together(self, dtype: torch.dtype, reason: str) -> None:
         """What all processes prepare together: equal weights, the resumed state, batches, and the log of the first process."""
@@ -237,8 +233,7 @@ class _Run:
         all_reduce = None if sharding is None else processes.all_reduce
         self.optimizer = Optimizer(model.named_new_parameters(), all_reduce, model.embedding_tables)
         self.left_out = LeftOut(self.source, settings.allow_bad)
-        if settings.resume:
-            self._resume()
+        changed = self._resume() if settings.resume else {}
         # A mixture may refuse its settings: before the folder gets a log.
         self.mixtures = [
             setup.mixture(number, self.source, model, settings, processes, self.left_out)
@@ -296,6 +291,9 @@ class _Run:
             resumed=self.progress.step > 0,
             taken={str(index): dict(origins) for index, origins in model.fusion.taken.items()},
         )
+        for setting, (before, now) in changed.items():
+            self.track.print(f"changed   {setting} {before} -> {now}")
+            self.track.event(event="changed", step=self.progress.step, setting=setting, before=before, now=now)
 
     # -- the steps
 
@@ -317,20 +315,24 @@ class _Run:
                 self._log_memory()
             self.save(collective=collective)
             self._write_pack(collective=collective)
-            # All processes exit alike, even if a signal reached only one of them after the last step.
-            signal_number = self.processes.largest(stop.signal or 0)[0] if collective else stop.signal
-            stop.signal = signal_number or None
-        if signal_number:
-            self.track.print(f"stopped at step {progress.step}; go on with --resume")
-            raise Interrupted(f"training stopped at step {progress.step}; go on with --resume", stop.code)
-        text_kept = self._record_text()
+            if not (progress.finished and collective):
+                self.track.print(f"stopped at step {progress.step}; go on with --resume")
+                raise Interrupted(f"training stopped at step {progress.step}; go on with --resume", stop.code)
+            self._finish()  # a signal behind the last step has nothing left to stop
+        return self.model
+
+    def _finish(self) -> None:
+        """What follows when all steps are done and state and pack are written."""
+        progress = self.progress
+        text_kept = outputs.record_text(self.out / "pack", self.model, self.processes, self.track)
         if self.preview_every:
             self.preview()
-        facts = {"samples": progress.samples, "tokens": progress.tokens, "seconds": progress.seconds}
-        facts |= {} if text_kept is None else {"text": text_kept}
+        if progress.skipped:
+            self.track.print(f"skipped   {progress.skipped} steps whose loss or gradient was not finite")
+        facts: dict[str, Any] = {"samples": progress.samples, "tokens": progress.tokens, "seconds": progress.seconds}
+        facts |= {"skipped": progress.skipped} | ({} if text_kept is None else {"text": text_kept})
         self.track.event(event="end", step=progress.step, **facts, **self.graphs.facts())
         self._check_track()
-        return self.model
 
     def _run_steps(self, stop: Stop) -> None:
         """Take steps, draw previews and write checkpoints until the run is finished or stopped."""
@@ -466,15 +468,16 @@ class _Run:
                 for name, (value, _) in batch_losses.items():
                     losses[name] += float(value.detach()) / counts[name]
         losses = self.processes.reduce_gradients(losses, self.optimizer.unsharded)
-        for name, value in losses.items():
-            if not math.isfinite(value):
-                raise self._divergence_error(f"the loss {name} is {value} at step {step}", stage_number)
-        learning_rate = progress.rate()
-        gradient_norm = self.optimizer.step(learning_rate, stage.clip, stage.ema_at(stage_step), stage.weight_decay)
-        if not gradient_norm < float("inf"):
-            raise self._divergence_error(
-                f"the gradient's norm is {gradient_norm} at step {step}, although the loss is finite", stage_number
-            )
+        learning_rate, gradient_norm, problem = progress.rate(), math.nan, None
+        if broken := [name for name, value in losses.items() if not math.isfinite(value)]:
+            problem = f"the loss {broken[0]} is {losses[broken[0]]} at step {step}"
+        else:
+            gradient_norm = self.optimizer.step(learning_rate, stage.clip, stage.ema_at(stage_step), stage.weight_decay)
+            if not math.isfinite(gradient_norm):
+                problem = f"the gradient's norm is {gradient_norm} at step {step}, although the loss is finite"
+        if problem is not None:  # in all processes alike, whose losses and gradients were summed
+            self._skip_step(problem, stage_number)
+            return
         # Every process lays out the whole step, so its counts are those of all.
         samples = sum(batch.num_sequences for batch in batches)
         tokens = sum(batch.num_positions for batch in batches)
@@ -493,17 +496,31 @@ class _Run:
             samples_per_second=samples / (time.perf_counter() - started),
         )
 
+    def _skip_step(self, problem: str, stage_number: int) -> None:
+        """Pass over a step that is not finite, which changed nothing.
+
+        Raises:
+            Diverged: as many as allowed were skipped before.
+        """
+        progress, allowed = self.progress, self.settings.skip_nonfinite
+        if progress.skipped >= allowed:
+            raise self._divergence_error(problem, stage_number)
+        self.optimizer.forget_gradients()
+        progress.skip()
+        if self.processes.is_first:
+            logger.warning("%s: skipped, %d of at most %d such steps", problem, progress.skipped, allowed)
+        self.track.event(event="skipped", step=progress.step - 1, reason=problem)
+
     def _divergence_error(self, problem: str, stage_number: int) -> XFusionError:
+        skipped = f" behind {self.progress.skipped} skipped ones" if self.progress.skipped else ""
+        lower = f"a lower --stages.{stage_number}.rate than {self.recipe.stages[stage_number].rate}"
         left = (
-            "before the first checkpoint"
+            f"before the first checkpoint, try {lower}"
             if self.saved_step is None
-            else f"the last checkpoint in {self.out / 'state'}, behind step {self.saved_step}, is intact"
+            else f"the last checkpoint in {self.out / 'state'}, behind step {self.saved_step}, is intact: go on with --resume and"
+            f" {lower}"
         )
-        return self._shared_error(
-            f"{problem}: training stopped; {left}, try a lower --stages.{stage_number}.rate than"
-            f" {self.recipe.stages[stage_number].rate}",
-            Diverged,
-        )
+        return self._shared_error(f"{problem}{skipped}: training stopped; {left}", Diverged)
 
     def _shared_error(self, message: str, kind: type[XFusionError] = XFusionError) -> XFusionError:
         """An error that all processes raise together and the first one reports."""
@@ -564,22 +581,11 @@ class _Run:
             self.preview_seconds = time.perf_counter() - started
             if is_first:
                 path = self.out / "previews" / f"step_{self.progress.step:06d}.png"
-                facts = self._preview_facts()
+                facts = outputs.preview_facts(self.recipe, self.progress, self.model.guidance)
                 stored = {"prompts": "\n".join(prompts), **facts}
                 sheet = outputs.write_sheet(path, pictures, self.model.image.sizes[0], stored)
                 self.track.image(sheet, self.progress.step)
                 self.track.event(event="preview", path=str(path), prompts=prompts, **facts)
-
-    def _preview_facts(self) -> dict[str, Any]:
-        """How a preview behind the last step is drawn; picture i has the seed ``seed + i``."""
-        stage_number = self.progress.stage(max(0, self.progress.step - 1))[0]
-        return {
-            "step": self.progress.step,
-            "averaged": self.recipe.stages[stage_number].ema > 0,
-            "steps": outputs.PREVIEW_STEPS,
-            "guidance": self.model.guidance,
-            "seed": outputs.PREVIEW_SEED,
-        }
 
     def _draw_previews(self, prompts: list[str]) -> list[PILImage.Image]:
         draw = partial(self.model.draw, prompts, seed=outputs.PREVIEW_SEED, steps=outputs.PREVIEW_STEPS)
@@ -624,6 +630,7 @@ class _Run:
             "dtype": str(self.engine.dtype).removeprefix("torch."),
             "examples": self._examples,
             "earlier": self.earlier,
+            "changes": self.changes,
             "command": self.command,
             "left_out": self.left_out.state_dict(),
             "broken": self.left_out.by_id(unreadable or {}),
@@ -633,19 +640,22 @@ class _Run:
     def _examples(self) -> list[Any]:
         return all_examples(self.source)
 
-    def _resume(self) -> None:
-        """Restore the newest intact state."""
+    def _resume(self) -> dict[str, tuple[Any, Any]]:
+        """Restore the newest intact state; returns the settings that are others from here on, with both values."""
         sharded = self.sharding is not None
         plan, tensors = resuming.read(self.out / "state", self.optimizer, self.processes, sharded=sharded)
         fingerprint = self.model.backbone.fingerprint
         with self.processes.first_alone():
-            resuming.check(plan, self.out, self.recipe, fingerprint, self.source.spec, self._examples)
+            changed = resuming.check(plan, self.out, self.recipe, fingerprint, self.source.spec, self._examples)
         self.progress.load_state_dict(plan)
         self.left_out.load_state_dict(plan.get("left_out", {}))
         self.command = plan.get("command")  # not the one that continues the run
         self.earlier = plan.get("earlier", self.earlier)  # a run is resumed without the pack that it started from
         self.optimizer.load_state_dict(tensors)
-        self.saved_step = self.progress.step
+        self.saved_step = step = self.progress.step
+        new_changes = [f"{name} {before} -> {now} behind step {step}" for name, (before, now) in changed.items()]
+        self.changes = [*plan.get("changes", ()), *new_changes]
+        return changed
 
     def _write_pack(self, *, collective: bool) -> None:
         if self.recipe.stages[-1].ema > 0:
@@ -659,27 +669,11 @@ class _Run:
             command=self.command,
             teachers=self.model.teachers,
             earlier=self.earlier,
+            changes=self.changes,
         )
         pack = self.out / "pack"
         self.model = outputs.write_pack(pack, self.model, facts, self.sharding, self.processes, collective=collective)
         self.sharding = None
-
-    def _record_text(self) -> dict[str, Any] | None:
-        """Measure what the run made of the base's text, and record it in the pack; None if the fusion preserves it."""
-        if self.model.fusion.preserves_text:
-            return None
-        text_kept: dict[str, Any] | None = None
-        with self.processes.first_alone():
-            if self.processes.is_first:
-                measured = text_keeping(self.model)
-                text_kept = finite(measured)
-                checkpoint.add_facts(self.out / "pack", self.model, text_keeping=text_kept)
-                self.track.print(
-                    "text      perplexity of the bundled prompts: {text_perplexity_base:.4g} (base),"
-                    " {text_perplexity_fused:.4g} (trained)".format_map(measured)
-                )
-        self.model.recorded = self.processes.broadcast(self.model.recorded)
-        return text_kept
 
     def _log_memory(self) -> None:
         """Log the memory that the processes hold after the last step."""

@@ -13,11 +13,14 @@ from xfusion import checkpoint
 from xfusion.data.pictures import png_facts
 from xfusion.data.sources import Source
 from xfusion.evaluation.machine import commit, machine
+from xfusion.evaluation.run import finite
+from xfusion.evaluation.verify import text_keeping
 from xfusion.model import Model
 from xfusion.storage import atomic_file
 from xfusion.training.processes import Processes
 from xfusion.training.progress import Progress
 from xfusion.training.stages import Recipe
+from xfusion.training.track import Track
 
 if TYPE_CHECKING:
     from xfusion.training.sharding import Sharding
@@ -37,6 +40,18 @@ def write_sheet(path: Path, pictures: Sequence[PILImage.Image], size: int, facts
     return sheet
 
 
+def preview_facts(recipe: Recipe, progress: Progress, guidance: float) -> dict[str, Any]:
+    """How a preview behind the last step is drawn; picture i has the seed ``seed + i``."""
+    stage_number = progress.stage(max(0, progress.step - 1))[0]
+    return {
+        "step": progress.step,
+        "averaged": recipe.stages[stage_number].ema > 0,
+        "steps": PREVIEW_STEPS,
+        "guidance": guidance,
+        "seed": PREVIEW_SEED,
+    }
+
+
 def pack_facts(
     recipe: Recipe,
     progress: Progress,
@@ -47,6 +62,7 @@ def pack_facts(
     command: str | None = None,
     teachers: Collection[str] = (),
     earlier: Sequence[dict[str, Any]] = (),
+    changes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Facts about the training of a pack, for its config and card, with the commit of the code and the machine.
 
@@ -60,12 +76,15 @@ def pack_facts(
         command: how the run was asked for.
         teachers: fingerprints of the encoders that it learned from.
         earlier: `xfusion.card.training_runs` of the pack that the run started from.
+        changes: settings that were others before a resume, with both values; the recipe has the later one.
     """
     training = {
         **({"command": command} if command else {}),
         "steps": progress.step,
         "samples": progress.samples,
         **({} if progress.tokens is None else {"tokens": progress.tokens}),
+        **({"skipped_steps": progress.skipped} if progress.skipped else {}),
+        **({"changes": "; ".join(changes)} if changes else {}),
         "seconds": round(progress.seconds, 1),
         "data": source.spec,
         "data_fingerprint": data_fingerprint,
@@ -121,3 +140,23 @@ def write_pack(
         if is_first:
             checkpoint.save(model, folder, weights=weights, **facts)
     return checkpoint.load(folder, backbone=model.backbone, trust=True)
+
+
+def record_text(pack: Path, model: Model, processes: Processes, track: Track) -> dict[str, Any] | None:
+    """Measure in the first process what the run made of the base's text, and record it in the pack; None if the fusion
+    preserves it.
+    """
+    if model.fusion.preserves_text:
+        return None
+    text_kept: dict[str, Any] | None = None
+    with processes.first_alone():
+        if processes.is_first:
+            measured = text_keeping(model)
+            text_kept = finite(measured)
+            checkpoint.add_facts(pack, model, text_keeping=text_kept)
+            track.print(
+                "text      perplexity of the bundled prompts: {text_perplexity_base:.4g} (base),"
+                " {text_perplexity_fused:.4g} (trained)".format_map(measured)
+            )
+    model.recorded = processes.broadcast(model.recorded)
+    return text_kept

@@ -33,6 +33,8 @@ class Progress:
         self.planned = minutes is None
         self.step = 0
         self.samples = 0
+        self.skipped = 0
+        """Steps whose loss or gradient was not finite; they count as steps, but not their samples and tokens."""
         self.tokens: int | None = 0
         """Text and media positions of all steps (`Batch.num_positions`); None behind a state from before they were counted."""
         self._started = time.perf_counter()
@@ -79,6 +81,11 @@ class Progress:
         self.tokens = None if self.tokens is None else self.tokens + tokens
         self.step += 1
 
+    def skip(self) -> None:
+        """Pass over a step that changed nothing."""
+        self.step += 1
+        self.skipped += 1
+
     def planned_by(self) -> float:
         """The time by which the steps must be planned: three quarters into the wall-clock budget."""
         assert self.minutes is not None
@@ -110,6 +117,7 @@ class Progress:
             "step": self.step,
             "stage": self.stage(max(0, self.step - 1))[0],
             "samples": self.samples,
+            "skipped": self.skipped,
             "tokens": self.tokens,
             "totals": self.totals,
             "planned": self.planned,
@@ -132,7 +140,7 @@ class Progress:
                 f" {self.minutes:g}; to train longer, start another run from its pack (--from)"
             )
         self.step, self.samples, self.totals = state["step"], state["samples"], state["totals"]
-        self.tokens = state.get("tokens")
+        self.tokens, self.skipped = state.get("tokens"), state.get("skipped", 0)
         self.planned, self._seconds_before = state["planned"], state["seconds"]
         self.minutes = state["minutes"] if self.minutes is None else self.minutes
         self._recent = tuple(state.get("recent", self._recent))

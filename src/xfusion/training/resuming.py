@@ -1,8 +1,9 @@
-"""Resume a run from a state: read it with the run's sharding, and refuse it if the run's settings differ."""
+"""Resume a run from a state: read it with the run's sharding, and refuse it if the run's settings differ, but for a few."""
 
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ from xfusion.training.processes import Processes
 from xfusion.training.stages import Recipe
 
 logger = logging.getLogger(__name__)
+CHANGEABLE = ("rate", "warmup", "schedule", "clip", "weight_decay")
+"""Settings of a stage that a resumed run may change. They only say how far a step moves the weights, and each step reads them
+anew: nothing in a state depends on them, nor which samples and noise a step has. Others do: the average is a mean by the decay
+``ema``, and ``steps``, ``accumulate`` and the mixture say what the position of a run means.
+"""
 
 
 def read(
@@ -43,7 +49,9 @@ def read(
     return plan, tensors
 
 
-def check(plan: dict[str, Any], out: Path, recipe: Recipe, fingerprint: str, data: str, examples: list[Any]) -> None:
+def check(
+    plan: dict[str, Any], out: Path, recipe: Recipe, fingerprint: str, data: str, examples: list[Any]
+) -> dict[str, tuple[Any, Any]]:
     """Check that a run continues as it began; a difference that only changes its numbers is a warning.
 
     Args:
@@ -54,8 +62,11 @@ def check(plan: dict[str, Any], out: Path, recipe: Recipe, fingerprint: str, dat
         data: spec of the source.
         examples: number, ids and content of the examples (`xfusion.training.progress.all_examples`).
 
+    Returns:
+        settings that may be changed and are (`CHANGEABLE`): field of the recipe -> its recorded and its current value.
+
     Raises:
-        XFusionError: the base or the settings differ.
+        XFusionError: the base or other settings differ.
     """
     if plan["base_fingerprint"] != fingerprint:
         raise XFusionError(
@@ -63,8 +74,14 @@ def check(plan: dict[str, Any], out: Path, recipe: Recipe, fingerprint: str, dat
             " same base"
         )
     recorded_recipe = checkpoint.from_json(plan["recipe"], trust=True, where=str(out / "state"))
-    if (mismatch := difference(recorded_recipe, recipe)) is not None:
-        raise XFusionError(f"{out} was started otherwise: {mismatch}; give the same settings to resume")
+    changed: dict[str, tuple[Any, Any]] = {}
+    for field, before, now in checkpoint.differing(*map(checkpoint.to_json, (recorded_recipe, recipe))):
+        if not _is_changeable(field, plan):
+            raise XFusionError(
+                f"{out} was started otherwise: {field} was {before!r} and is now {now!r}; give the same settings to resume (of"
+                f" a stage with steps left {', '.join(CHANGEABLE)} may be others)"
+            )
+        changed[field] = before, now
     if plan["threads"] != torch.get_num_threads():
         logger.warning(
             "%s ran on %d threads and goes on with %d: sums round otherwise, so its losses agree but not to the bit",
@@ -82,6 +99,13 @@ def check(plan: dict[str, Any], out: Path, recipe: Recipe, fingerprint: str, dat
             " another commit): its batches from here on are others",
             *(data, recorded[0], out),
         )
+    return changed
+
+
+def _is_changeable(field: str, plan: dict[str, Any]) -> bool:
+    """Whether a field of the recipe is one that later steps read, and nothing else."""
+    match = re.fullmatch(rf"stages\.(\d+)\.({'|'.join(CHANGEABLE)})", field)
+    return match is not None and (not plan["planned"] or plan["step"] < sum(plan["totals"][: int(match[1]) + 1]))
 
 
 def difference(recorded: Any, current: Any) -> str | None:

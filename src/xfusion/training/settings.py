@@ -31,6 +31,7 @@ class Settings:
     source: Source | None
     """An opened source instead of the recipe's data."""
     allow_bad: float
+    skip_nonfinite: int
     minutes: float | None
     resume: bool
     from_pack: str | None
@@ -62,6 +63,8 @@ class Settings:
             raise XFusionError(f"keep is {self.keep}: at least 1 checkpoint stays")
         if licence is not None:
             check_licence(licence)
+        if self.skip_nonfinite < 0:
+            raise XFusionError(f"skip-nonfinite is {self.skip_nonfinite}: 0 steps or more are skipped")
         if self.decoders is not None and self.decoders < 1:
             raise XFusionError(f"decoders is {self.decoders}: at least 1 thread decodes")
         if self.shard not in get_args(Shard):

@@ -105,7 +105,8 @@ def check_losses(model: Model, stages: Sequence[Stage], num_processes: int, shar
     """Check that losses over a whole batch are not combined with settings that divide a batch.
 
     Raises:
-        XFusionError: a stage accumulates gradients, several processes or shards divide the batch, or samples have shots.
+        XFusionError: a stage accumulates gradients or weighs losses by source, several processes or shards divide the batch, or
+            samples have shots.
     """
     for stage_number, stage in enumerate(stages):
         batch_losses = [o.name for o in model.objectives if o.scope == "batch"]
@@ -113,6 +114,12 @@ def check_losses(model: Model, stages: Sequence[Stage], num_processes: int, shar
             raise XFusionError(
                 f"stage {stage_number} accumulates {stage.accumulate} batches, but the loss {batch_losses[0]} compares the items"
                 f" of one: set --stages.{stage_number}.accumulate 1 and read more samples per step"
+            )
+        if batch_losses and stage.mixture.loss_weights:  # only samples of equal weight are a batch of their own
+            raise XFusionError(
+                f"stage {stage_number} weighs the losses of each source, but the loss {batch_losses[0]} compares the items of"
+                f" all: leave --stages.{stage_number}.mixture.loss-weights out, or weigh the sources by their samples"
+                " (--data a:weight=2+b)"
             )
         local_losses = [o.name for o in model.objectives if o.scope == "batch" and not o.across_processes]
         if local_losses and num_processes > 1:

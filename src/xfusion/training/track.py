@@ -16,7 +16,8 @@ from xfusion.data.sequence import XFusionError
 from xfusion.storage import atomic_file, named_in_errors
 
 Event = dict[str, Any]
-"""An event of a run as JSON types. ``event`` names its kind: start, plan, step, preview, left_out or end."""
+"""An event of a run as JSON types. ``event`` names its kind: start, changed, plan, step, skipped, preview,
+left_out or end."""
 Listener = Callable[[Event], None]
 
 

@@ -45,11 +45,15 @@ class Train(Verb):
     steps: int | None = None
     """Optimiser steps of the last stage, instead of a budget in minutes."""
     resume: bool = False
-    """Resume the run in the folder where it stopped, with its settings and its next batch."""
+    """Resume the run in the folder where it stopped, with its settings and its next batch. Given with it,
+    --stages.N.rate, .warmup, .schedule, .clip and .weight-decay are other ones from here on."""
     from_pack: Annotated[str | None, tyro.conf.arg(name="from", metavar="PACK")] = None
     """Adapt this pack: start from its weights and its model's settings."""
     allow_bad: float = 0.0
     """Fraction of bad examples that is skipped instead of stopping, such as 0.05."""
+    skip_nonfinite: int = 0
+    """Number of steps of the run that are skipped, weights unchanged, because a loss or the gradient is not finite; one more
+    stops the run."""
     preview: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PROMPT...")] = ()
     """Prompts of the previews; by default the first captions of the data."""
     preview_every: float = 60.0
@@ -91,6 +95,7 @@ class Train(Verb):
             device=choose_device(self.device),
             attention=self.attention,
             allow_bad=self.allow_bad,
+            skip_nonfinite=self.skip_nonfinite,
             preview_prompts=self.preview or None,
             preview_every=self.preview_every,
             checkpoint_every=self.checkpoint_every,
@@ -108,6 +113,7 @@ class Train(Verb):
             ("pack", f"{pack} ({size_text((pack / 'model.safetensors').stat().st_size)})"),
             ("steps", f"{data['steps']} with {data['samples']} samples in {data['seconds'] / 60:.1f} minutes"),
             ("losses", ", ".join(f"{k} {v:.4f}" for k, v in data["losses"].items()) or "no step was left to take"),
+            *([("skipped", f"{data['skipped']} steps, not finite")] if data["skipped"] else []),
             *([("graphs", _graphs_text(data))] if data["graphs"] else []),
             ("try", _first_use(model, pack, self.recipe)),
         ]
@@ -237,12 +243,13 @@ class _RunListener:
             self.end = event
 
     def facts(self) -> dict[str, Any]:
-        """Steps, samples, seconds, the last losses, and this call's median rate."""
+        """Steps, samples, seconds, skipped steps, the last losses, and this call's median rate."""
         rates = sorted(self.rates)
         return {
             "steps": self.end["step"],
             "samples": self.end["samples"],
             "seconds": round(self.end["seconds"], 2),
+            "skipped": self.end["skipped"],
             "losses": self.step.get("losses", {}),
             "samples_per_second": round(rates[len(rates) // 2], 2) if rates else None,
             "graphs": self.end["graphs"],
