@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from dataclasses import replace
+from datetime import timedelta
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from xfusion.data.sequence import XFusionError
 from xfusion.data.templates import Templates
 from xfusion.objectives.contrastive import Contrastive
 from xfusion.objectives.flow_matching import FlowMatching
-from xfusion.training import loop, states
+from xfusion.training import loop, processes, setup, states
 from xfusion.training.pace import Pace
 from xfusion.training.stages import Recipe, Stage
 from xfusion.training.stopping import Interrupted
@@ -69,8 +70,11 @@ def together(count: int, function, *, dies: int | None = None) -> None:
         sys.stdout.flush()
         os._exit(0)
     for rank, child in enumerate(children):
-        if os.waitpid(child, 0)[1] and rank != dies:
+        if rank != dies and os.waitpid(child, 0)[1]:
             sys.exit(f"a process of {count} failed")
+    if dies is not None:
+        os.kill(children[dies], signal.SIGKILL)  # it may stand still
+        os.waitpid(children[dies], 0)
 
 
 def killed_together(count: int, function, rng: random.Random, seconds: float, writes: int) -> bool:
@@ -128,7 +132,9 @@ def run(
     activation_checkpointing=False,
     always_save=False,
     minutes=None,
-    sigkill_step=None,
+    lost_by=None,
+    patience=30.0,
+    skip_nonfinite=0,
     extra=(),
     data=None,
     mixed=(),
@@ -143,8 +149,8 @@ def run(
     def listen(event):
         if event["event"] == "step" and event["step"] == exit_step:
             os._exit(0)  # as kill -9 would
-        if event["event"] == "step" and (event["step"], int(os.environ["RANK"])) == (sigkill_step, 1):
-            os.kill(os.getpid(), signal.SIGKILL)
+        if lost_by and event["event"] == "step" and (event["step"], int(os.environ["RANK"])) == (3, 1):
+            os.kill(os.getpid(), lost_by)
         if event["event"] == "step" and (event["step"], int(os.environ["RANK"])) == sigterm_at:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -164,6 +170,8 @@ def run(
         resume=resume,
         minutes=minutes,
         shard=shard,
+        patience=patience,
+        skip_nonfinite=skip_nonfinite,
         listener=listen,
         console=Console(file=(folder / f"{name}.{os.environ['RANK']}.txt").open("w"), width=200),
     )
@@ -195,12 +203,34 @@ def run_late(folder: Path, name: str) -> None:
     run(folder, name, minutes=0.05)
 
 
-def run_lost(folder: Path, name: str, shard: str) -> None:
-    """The second process is killed behind step 3; the first says so."""
+def run_lost(folder: Path, name: str, **settings) -> None:
+    """A process is lost; each other one says so."""
+    processes.ROLL_CALL = timedelta(seconds=3)
     try:
-        run(folder, name, shard=shard, sigkill_step=3)
+        run(folder, name, **settings)
     except XFusionError as error:
-        (folder / f"{name}.said").write_text(str(error))
+        (folder / f"{name}.{os.environ['RANK']}.said").write_text(str(error))
+
+
+def run_lost_early(folder: Path, name: str) -> None:
+    """The second process is killed while it opens the data."""
+    if os.environ["RANK"] == "1":
+        setup.open_data = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    run_lost(folder, name)
+
+
+def run_skipping(folder: Path, name: str, **settings) -> None:
+    """The losses of steps 3 and 8 are not finite in the last process."""
+    losses = loop._Run._losses
+
+    def broken_losses(self, batch, generator):
+        found, zero = losses(self, batch, generator)
+        if self.progress.step in (3, 8) and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+            found = {name: (total * float("nan"), count) for name, (total, count) in found.items()}
+        return found, zero
+
+    loop._Run._losses = broken_losses
+    run(folder, name, skip_nonfinite=2, **settings)
 
 
 def run_twice(folder: Path, name: str, shard: str) -> None:
@@ -272,7 +302,13 @@ def whole(folder: Path) -> None:
     shutil.copytree(folder / "of_2", folder / "of_2_twice")
     together(2, lambda: run_twice(folder, "of_2_twice", "none"))
     together(2, lambda: run_late(folder, "late_2"))
-    together(2, lambda: run_lost(folder, "lost_2", "none"), dies=1)
+    together(2, lambda: run_lost(folder, "lost_2", lost_by=signal.SIGKILL), dies=1)
+    together(3, lambda: run_lost(folder, "stalled_3", lost_by=signal.SIGSTOP, patience=0.15, always_save=True), dies=1)
+    together(2, lambda: run_lost_early(folder, "lost_early_2"), dies=1)
+    together(1, lambda: run_skipping(folder, "skipping_1"))
+    together(2, lambda: run_skipping(folder, "skipping_2", exit_step=5))
+    together(2, lambda: run_skipping(folder, "skipping_2", resume=True))
+    together(2, lambda: run_told(folder, "told_last_2", 11))
     together(2, lambda: run_told(folder, "told_2"))
     shutil.copytree(folder / "told_2", folder / "told_2_on_1")
     together(1, lambda: run(folder, "told_2_on_1", resume=True))
@@ -292,7 +328,8 @@ def some_divided(folder: Path) -> None:
     together(2, lambda: run_told(folder, "all_2", 2, shard="all"))
     shutil.copytree(folder / "all_2", folder / "all_2_twice")
     together(2, lambda: run_twice(folder, "all_2_twice", "all"))
-    together(2, lambda: run_lost(folder, "lost_2", "all"), dies=1)
+    together(2, lambda: run_lost(folder, "lost_2", lost_by=signal.SIGKILL, shard="all"), dies=1)
+    together(2, lambda: run_skipping(folder, "skipping_2", shard="new"))
     for name, spoil, rank in SPOILT_DIVIDED:
         together(2, partial(run_spoilt, folder, name, spoil, rank, shard="new"))
     shutil.copytree(folder / "all_2", folder / "all_2_on_1")

@@ -1040,6 +1040,7 @@ def test_a_stage_that_would_train_nothing_is_refused_before_anything_is_made(bas
     ("settings", "message"),
     [
         ({"skip_nonfinite": -1}, "skip-nonfinite is -1: 0 steps or more are skipped"),
+        ({"patience": 0.0}, "patience is 0 minutes: more than 0"),
     ],
     ids=str,
 )

@@ -151,10 +151,44 @@ def test_a_wall_clock_budget_is_planned_behind_one_step_whatever_the_clocks_say(
     assert plan["step"] in (30, 50, 70, 90) and told(ran / "late_2")[-1]["step"] == plan["steps"] - 1
 
 
-@pytest.mark.parametrize("runs", ["ran", "some_divided"])
-def test_a_process_that_is_killed_is_told_of_by_the_others(runs, request):
-    said = (request.getfixturevalue(runs) / "lost_2.said").read_text()
-    assert said.startswith("process 0 of 2 lost another at step 4") and said.endswith("again with --resume")
+def test_a_signal_behind_the_last_step_has_nothing_left_to_stop(ran):
+    assert [e["step"] for e in told(ran / "told_last_2")] == list(range(12))
+    assert not [*ran.glob("told_last_2.*.code")]
+    last = json.loads((ran / "told_last_2" / "log.jsonl").read_text().splitlines()[-1])
+    assert (last["event"], last["step"]) == ("end", 12)
+
+
+@pytest.mark.parametrize(
+    ("runs", "name", "step"), [("ran", "lost_2", 4), ("ran", "lost_early_2", 0), ("some_divided", "lost_2", 4)]
+)
+def test_a_process_that_is_killed_is_told_of_by_the_others(runs, name, step, request):
+    """No state was written: there is nothing to resume."""
+    said = (request.getfixturevalue(runs) / f"{name}.0.said").read_text()
+    assert said.startswith(f"process 0 of 2 lost process 1 at step {step}, which died") and said.endswith(
+        "command again"
+    )
+
+
+def test_a_process_that_stands_still_is_waited_for_no_longer_than_asked_and_named_by_all_others(ran):
+    for rank in (0, 2):
+        said = (ran / f"stalled_3.{rank}.said").read_text()
+        lost, _, rest = said.partition(" (")
+        assert lost == (
+            f"process {rank} of 3 lost process 1 at step 4, which died, was killed or did not go on for 0.15 minutes"
+        )
+        assert rest.endswith("): start the same command again with --resume")
+
+
+def test_a_step_that_is_not_finite_in_one_process_is_skipped_by_all_also_behind_a_break(ran, some_divided):
+    one = told(ran / "skipping_1")
+    assert [e["step"] for e in one] == [0, 1, 2, 4, 5, 6, 7, 9, 10, 11]
+    assert furthest(told(ran / "skipping_2"), one) < TOLERANCE
+    assert furthest(told(some_divided / "skipping_2"), one) < TOLERANCE
+    lines = [json.loads(line) for line in (ran / "skipping_2" / "log.jsonl").read_text().splitlines()]
+    assert [(e["step"], e["reason"]) for e in lines if e["event"] == "skipped"] == [
+        (step, f"the loss flow_matching is nan at step {step}") for step in (3, 8)
+    ]
+    assert lines[-1]["event"] == "end" and lines[-1]["skipped"] == 2
 
 
 @pytest.mark.parametrize(("runs", "name"), [("ran", "of_2_twice"), ("some_divided", "all_2_twice")])

@@ -75,6 +75,7 @@ def train(
     checkpoint_every: float = 300.0,
     keep: int = 2,
     shard: Shard = "none",
+    patience: float = 30.0,
     decoders: int | None = None,
     command: str | None = None,
     console: Console | None = None,
@@ -107,6 +108,8 @@ def train(
         checkpoint_every: seconds between checkpoints.
         keep: how many of the newest checkpoints to keep, besides the best by the mean training loss of some fifty steps.
         shard: what the processes shard: nothing, the new weights, or also the frozen ones (`training.sharding`).
+        patience: minutes that a process waits for another between two steps or within one; it is then lost, as if it had died.
+            A preview or a state must not take longer. Before the first step they wait for hours.
         decoders: threads per process that read and decode pictures; None uses four, or one per core if there are fewer.
         command: how the run was asked for, recorded in the pack and on its card; a resumed run keeps the first one.
         console: where to show progress; None is silent.
@@ -141,16 +144,16 @@ def train(
         checkpoint_every=checkpoint_every,
         keep=keep,
         shard=shard,
+        patience=patience,
         decoders=decoders,
         command=command,
         console=console,
         listener=listener,
     )
     run = _Run(settings)
-    with run.exit_stack:
+    with run.exit_stack, run.processes.naming_lost_process(lambda: (run.progress.step, run.saved_step)):
         run.prepare()
-        with run.processes.naming_lost_process(lambda: run.progress.step):
-            return run.train()
+        return run.train()
 
 
 class Diverged(XFusionError):
@@ -164,6 +167,8 @@ class _Run:
         self.settings, self.recipe, self.out = settings, settings.recipe, settings.out
         self.progress = Progress(self.recipe.stages, settings.minutes)
         self.exit_stack = ExitStack()
+        self.processes = Processes(settings.device if settings.backbone is None else settings.backbone.device)
+        self.exit_stack.callback(self.processes.close)
         self.sharding: Sharding | None = None
         self.command = settings.command
         self.earlier: list[dict[str, Any]] = []
@@ -179,9 +184,7 @@ class _Run:
     # -- before the first step
 
     def prepare(self) -> None:
-        settings = self.settings
-        device = settings.device if settings.backbone is None else settings.backbone.device
-        self.processes = processes = Processes(device)
+        settings, processes = self.settings, self.processes
         self.shard: Shard = settings.shard if processes.count > 1 else "none"
         self.attention, self.attention_reason = choose_attention(processes.device, settings.attention)
         with processes.first_alone():  # product rates need an idle machine, and an error is reported once
@@ -200,6 +203,7 @@ class _Run:
                 self._open_model_and_data()
                 self.sharding = Sharding(self.model, self.shard, device_mesh, dtype, self.attention)
         self._prepare_together(dtype, reason)
+        processes.wait_at_most(settings.patience)
 
     def _precision(self) -> tuple[torch.dtype, str]:
         """The compute dtype and the reason: as requested, as before the resume, or the fastest here."""

@@ -16,10 +16,10 @@ import re
 import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -32,9 +32,10 @@ Shard = Literal["none", "new", "all"]
 """What the processes shard (`xfusion.training.sharding`)."""
 BUCKET_BYTES = 64 * 1024 * 1024
 """Size of an all-reduce bucket, which is also the extra memory that it needs."""
-PATIENCE = timedelta(hours=6)
-"""Timeout for the other processes, which may be building an index; one that dies is noticed at once."""
-
+PREPARATION = timedelta(hours=6)
+"""Timeout for the other processes before the first step, which may be building an index; one that dies is noticed at once."""
+ROLL_CALL = timedelta(seconds=30)
+"""Timeout for the answers when a process is missing: the others may notice it some seconds later."""
 
 LOST_PROCESS = re.compile(
     r"onnection (closed|reset|refused)|[Bb]roken pipe|[Tt]imed out|remote process (exited|has)", re.ASCII
@@ -68,7 +69,25 @@ class Processes:
                 self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(self.device)
         if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", timeout=PATIENCE)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", timeout=PREPARATION)
+        self.roll_call: Any = dist.new_group(backend="gloo")
+        """A group of all processes that is used only when the other one has failed, which no call of it survives."""
+        self._set_timeout(PREPARATION)
+
+    def wait_at_most(self, minutes: float) -> None:
+        """Wait at most so long for the other processes from now on; at the beginning it is `PREPARATION`."""
+        if self.count > 1:
+            self._set_timeout(timedelta(minutes=minutes))
+
+    def _set_timeout(self, timeout: timedelta) -> None:
+        self.patience = timeout
+        group: Any = dist.group.WORLD
+        group.set_timeout(timeout)
+
+    def close(self) -> None:
+        """Release what this object made beside the process group, which stays for a next run."""
+        if self.count > 1:
+            dist.destroy_process_group(self.roll_call)
 
     @property
     def is_first(self) -> bool:
@@ -149,24 +168,48 @@ class Processes:
                 raise error
 
     @contextmanager
-    def naming_lost_process(self, step: Callable[[], int]) -> Iterator[None]:
+    def naming_lost_process(self, position: Callable[[], tuple[int, int | None]]) -> Iterator[None]:
         """Turn the loss of another process inside the block into one clear error.
 
         Args:
-            step: gives the current step.
+            position: gives the current step, and that of the newest state or None.
 
         Raises:
-            XFusionError: another process is gone.
+            XFusionError: another process is gone, or was waited for in vain.
         """
         try:
             yield
         except RuntimeError as error:
             if self.count == 1 or not LOST_PROCESS.search(str(error)):
                 raise
+            step, saved_step = position()
+            absent = ", ".join(map(str, self._call_roll()))
             raise XFusionError(
-                f"process {self.rank} of {self.count} lost another at step {step()}, which died or was killed"
-                f" ({first_line(error)}): start the same command again with --resume"
+                f"process {self.rank} of {self.count} lost {f'process {absent}' if absent else 'another'} at step {step}, which"
+                f" died, was killed or did not go on for {self.patience.total_seconds() / 60:g} minutes ({first_line(error)}):"
+                f" start the same command again{'' if saved_step is None else ' with --resume'}"
             ) from error
+
+    def _call_roll(self) -> list[int]:
+        """Ranks of the processes that do not answer; those that are alive call the roll at the same time."""
+        others = [rank for rank in range(self.count) if rank != self.rank]
+        for (
+            rank
+        ) in others:  # gloo closes all connections of a group in which a wait runs out: so the others notice now, too
+            with suppress(RuntimeError):
+                cast("dist.Work", dist.irecv(torch.zeros(1), rank)).wait(timedelta(milliseconds=1))
+        calls: dict[int, list[Any]] = {}
+        for rank in others:
+            with suppress(RuntimeError):  # one that died refuses
+                calls[rank] = [call(torch.zeros(1), rank, group=self.roll_call) for call in (dist.isend, dist.irecv)]
+        absent = []
+        for rank in others:
+            try:
+                for call in calls[rank]:
+                    call.wait(ROLL_CALL)
+            except (KeyError, RuntimeError):
+                absent.append(rank)
+        return absent
 
     def broadcast(self, value: T) -> T:
         """Broadcast the first process's value."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -47,6 +48,8 @@ class Settings:
     checkpoint_every: float
     keep: int
     shard: Shard
+    patience: float
+    """Minutes."""
     decoders: int | None
     """Threads that decode pictures; None uses the default number."""
     command: str | None
@@ -65,6 +68,8 @@ class Settings:
             check_licence(licence)
         if self.skip_nonfinite < 0:
             raise XFusionError(f"skip-nonfinite is {self.skip_nonfinite}: 0 steps or more are skipped")
+        if not 0 < self.patience < math.inf:
+            raise XFusionError(f"patience is {self.patience:g} minutes: more than 0")
         if self.decoders is not None and self.decoders < 1:
             raise XFusionError(f"decoders is {self.decoders}: at least 1 thread decodes")
         if self.shard not in get_args(Shard):

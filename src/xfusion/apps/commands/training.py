@@ -68,6 +68,9 @@ class Train(Verb):
     shard: Literal["none", "new", "all"] = "none"
     """What is sharded across processes (torchrun): nothing, the new weights with their gradients, moments and average, or
     the frozen base too. A single process shards nothing."""
+    patience: float = 30.0
+    """Minutes that a process waits for another one (torchrun) between two steps or within one, before it takes it for lost;
+    a preview or a state must not take longer."""
     decoders: int | None = None
     """Threads per process that read and decode pictures; None means four, or the number of cores."""
     device: str = "auto"
@@ -102,6 +105,7 @@ class Train(Verb):
             keep=self.keep,
             compile=self.compile,
             shard=self.shard,
+            patience=self.patience,
             decoders=self.decoders,
             command=self.command,
             console=console,
