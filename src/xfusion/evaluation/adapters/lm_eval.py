@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
@@ -26,7 +27,7 @@ class PackText(HFLM):
         Args:
             pack: name of a pack, or a loaded model.
             stack: "base" or "fused", as in `Model.text_logits`.
-            device: device to load on; ignored for a loaded model.
+            device: device to load on, "cpu" where this machine has none such; ignored for a loaded model.
             batch_size: items per forward pass.
             settings: further arguments of the harness's class.
 
@@ -36,6 +37,8 @@ class PackText(HFLM):
         if isinstance(pack, str):
             from xfusion.checkpoint import load
 
+            if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+                device = "cpu"  # the harness's command line says cuda:0 where it is told no device
             pack = load(pack, device=device)
         if stack not in ("base", "fused"):
             raise ValueError(f"stack {stack!r} is neither 'base' nor 'fused'")
