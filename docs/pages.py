@@ -142,7 +142,7 @@ def figures(name: str) -> list[str]:
     lines = table(rows, ("comparison", "recipe", "runs", *titles)) if rows else []
     if rows and all(find(form)() != find(name)() for form in forms):
         lines = [
-            "No comparison ran the command above without arguments; those that ran are in the second column.",
+            "No comparison ran the recipe without arguments; the second column has theirs.",
             "",
             *lines,
         ]
