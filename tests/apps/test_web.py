@@ -1,5 +1,6 @@
 """The page in a browser that nobody sees: clicked, typed into, given files, and looked at; and its desk without one."""
 
+import base64
 import io
 import os
 import shutil
@@ -1001,7 +1002,7 @@ def test_every_word_stands_out_from_its_background(visit, tmp_path, scheme):
     page.locator("#prompt textarea").fill("a cat")
     page.locator("#draw").click()
     says(page, "draw", "drawn")
-    page.locator("#gallery .thumbnail-item").nth(2).wait_for()
+    page.locator("#gallery .caption-label", has_text="seed 2").wait_for()  # the line says so at the first picture
     check("a cat: seed 2, 25 steps")
     one.tab("Picture")
     check("drop a picture above first", "What is it?", "the picture is drawn in cells")
@@ -1164,6 +1165,48 @@ def test_a_picture_is_dropped_captioned_and_drawn_anew(visit, model, page_at, tm
     mask.paste("white", (0, 0, SIDE, SIDE // 2))
     expected = model.inpaint(seen, mask, "a house", seed=0, steps=25)
     assert apart(picture_of(page.locator("#redrawn img")), expected) == 0
+
+
+def drop(page, target, file):
+    """Drop a file on a place of the page, as a mouse does that drags it there from a folder."""
+    transfer = page.evaluate_handle(
+        """([content, name]) => {
+            const bytes = Uint8Array.from(atob(content), letter => letter.charCodeAt(0))
+            const transfer = new DataTransfer()
+            transfer.items.add(new File([bytes], name, { type: "image/png" }))
+            return transfer
+        }""",
+        [base64.b64encode(file.read_bytes()).decode(), file.name],
+    )
+    for event in ("dragenter", "dragover", "drop"):
+        page.dispatch_event(target, event, {"dataTransfer": transfer})
+
+
+@pytest.mark.full
+def test_a_picture_is_dropped_with_the_mouse(visit, model, page_at, tmp_path):
+    Noise(1).picture(0, 32).save(tmp_path / "a.png")
+    seen = page_at[1].state.desk.open_upload(tmp_path / "a.png", "tiny")
+    one = visit(viewport={"width": 1280, "height": 900})
+    page = one.page
+    drop(page, "#message textarea", tmp_path / "a.png")
+    page.locator("#message img").first.wait_for()
+    page.locator("#message textarea").fill("what is this?")
+    page.locator("#say").click()
+    page.locator("#conversation .bot").first.wait_for()
+    says(page, "chat", "")
+    assert apart(picture_of(page.locator("#conversation .user img").first), seen) == 0
+    (answer,) = model.generate([seen, "what is this?"], max_tokens=24)
+    assert letters(answer) in letters(page.locator("#conversation .bot").first.inner_text())
+
+    one.tab("Picture")
+    drop(page, "#given button", tmp_path / "a.png")
+    page.locator("#given img").first.wait_for()
+    page.locator("#sheet .toolbar-wrap [title='Brush Size']").wait_for()
+    page.locator("#caption").click()
+    page.wait_for_function("document.querySelector('#sees textarea, #sees input').value")
+    says(page, "picture", "")
+    said = page.locator("#sees textarea, #sees input").first.input_value()
+    assert letters(said) == letters(model.generate([seen], max_tokens=24)[0])
 
 
 @pytest.mark.full
