@@ -193,9 +193,8 @@ class Processes:
     def _call_roll(self) -> list[int]:
         """Ranks of the processes that do not answer; those that are alive call the roll at the same time."""
         others = [rank for rank in range(self.count) if rank != self.rank]
-        for (
-            rank
-        ) in others:  # gloo closes all connections of a group in which a wait runs out: so the others notice now, too
+        # gloo closes all connections of a group in which a wait runs out: so the others notice now, too
+        for rank in others:
             with suppress(RuntimeError):
                 cast("dist.Work", dist.irecv(torch.zeros(1), rank)).wait(timedelta(milliseconds=1))
         calls: dict[int, list[Any]] = {}
