@@ -401,7 +401,7 @@ def assembled(layer: nn.Module, parts: Mapping[str, nn.Module]) -> Any:
 
     Args:
         layer: a decoder layer.
-        parts: path of a submodule (``self_attn.q_proj``) -> its replacement. A `Delta` is bind to the layer's own
+        parts: path of a submodule (``self_attn.q_proj``) -> its replacement. A `Delta` is bound to the layer's own
             submodule.
     """
     result, shadows = shadow(layer), {}
@@ -441,7 +441,7 @@ def attention_path(layer: nn.Module) -> str:
 
 
 def _norms_and_others(layer: nn.Module) -> tuple[list[str], list[str]]:
-    """Names of a layer's norms and of its other children except attention, even if deltas are bind to some of them."""
+    """Names of a layer's norms and of its other children except attention, even if deltas are bound to some of them."""
     norms: list[str] = []
     others: list[str] = []
     attention_name = attention_path(layer)

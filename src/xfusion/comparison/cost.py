@@ -77,7 +77,7 @@ def count_flops(model: Model, stage: Stage, source: Source, seed: int = 0) -> St
         seed: seed of the mixture.
     """
     dtype, reason = choose_compute_dtype(model.backbone.device)
-    # The counter does not know the CPU's fused attention; training uses eager attention there anyway.
+    # The counter does not know fused attention. Training on a CPU uses the grouped one, of as many products as the eager one.
     engine = model.training_engine(dtype, reason, "eager", False)
     backbone, modality = model.backbone, model.modality
     mixture = Mixture(

@@ -30,7 +30,7 @@ from xfusion.backbone import Backbone
 from xfusion.data.sequence import XFusionError
 from xfusion.fusion.base import Call, Pass, module_from_parts, parts_from_module
 from xfusion.fusion.connectors.resampler import Resampler
-from xfusion.fusion.modality_experts import Routed
+from xfusion.fusion.modality_experts import ByPosition
 from xfusion.fusion.outside import Outside, token_positions
 from xfusion.layers import (
     Delta,
@@ -201,7 +201,7 @@ class AdaptionPrompt(Outside):
         tuned: Any = self.blocks[str(index)].tuned
         if not len(tuned):
             return frozen
-        return assembled(frozen, {path: Routed(part, row_mask) for path, part in parts_from_module(tuned).items()})
+        return assembled(frozen, {path: ByPosition(part, row_mask) for path, part in parts_from_module(tuned).items()})
 
     def _prompts(self, index: int, frozen: nn.Module, states: dict[str, Tensor], call: Call, run: Pass) -> KeysValues:
         """Keys and values of the prompts of this pass's pictures, from the frozen attention, at the pictures' positions."""

@@ -71,7 +71,7 @@ class OwnRows(Delta):
         return output.index_copy(-1, self.rows, functional.linear(x, self.weight, self.bias).to(output.dtype))
 
 
-class Routed(Delta):
+class ByPosition(Delta):
     """A part of a layer computed at all positions with both weights; each position keeps its own: the reference path."""
 
     def __init__(self, expert: nn.Module, is_own: Tensor):
@@ -210,7 +210,7 @@ class ModalityExperts(Fusion):
         text_modules = [self.of_words[str(index)]] if str(index) in self.of_words else []
         return super().new_modules(index) + text_modules
 
-    def words(self, index: int, frozen: nn.Module) -> Any:
+    def text_block(self, index: int, frozen: nn.Module) -> Any:
         """The layer for text: the frozen one, or, from scratch, a trained one."""
         if not self.config.post_norm:
             return frozen
@@ -248,7 +248,7 @@ class ModalityExperts(Fusion):
         expert = self.block(index, frozen)
         if expert is None:
             return self.frozen_layer(index, frozen, call, run)
-        frozen = self.words(index, frozen)
+        frozen = self.text_block(index, frozen)
         calls, window, name = run.calls(call), self.windows[index], run.media
         states = run.inputs(index)
         text, media = states.get("text"), states[name] if name else None
@@ -283,19 +283,19 @@ class ModalityExperts(Fusion):
             return self.frozen_reference(index, frozen, call, run)
         is_own = torch.cat([self._own_rows_mask(owner, run) for owner in run.rows], dim=1)
         own_parts: Any = self.blocks[str(index)]
-        routed = {path: Routed(part, is_own) for path, part in parts_from_module(own_parts).items()}
+        by_position = {path: ByPosition(part, is_own) for path, part in parts_from_module(own_parts).items()}
         media_is_own = self._is_own(run)
         if media_is_own is not None and run.modulation is not None:
             # Clean pictures use the frozen layer, without modulation.
             run = replace(run, modulation=torch.where(media_is_own[..., None], run.modulation, 0.0))
-        return self.whole(index, assembled(self.words(index, frozen), routed), call, run, by_noise=True)
+        return self.whole(index, assembled(self.text_block(index, frozen), by_position), call, run, by_noise=True)
 
     def text_layer(self, index: int, frozen: nn.Module, x: Tensor, call: Call) -> Tensor:
         """A text-only layer: the frozen one, or, from scratch, that for text."""
         if not self.config.post_norm:
             return super().text_layer(index, frozen, x, call)
         cast_states = x.to(next(self.of_words.parameters()).dtype)
-        return self.words(index, frozen)(cast_states, **call).to(x.dtype)
+        return self.text_block(index, frozen)(cast_states, **call).to(x.dtype)
 
     def _own_rows_mask(self, owner: str, run: Pass) -> Tensor:
         shape, device = run.rows[owner].order.shape, run.rows[owner].order.device

@@ -42,7 +42,7 @@ class Verb:
         """Run the verb.
 
         Args:
-            people: where progress is shown (stderr).
+            console: where progress is shown (stderr).
         """
         raise NotImplementedError(type(self).__name__)
 
