@@ -29,7 +29,7 @@ from xfusion.backbone import Backbone
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Sequence, Text, XFusionError
-from xfusion.data.templates import captioning, opened
+from xfusion.data.templates import captioning, with_begin
 from xfusion.fusion.connectors.linear import Linear
 from xfusion.generation import draw_tokens
 from xfusion.generation import words as generated_words
@@ -61,7 +61,7 @@ def drawn_by_full_passes(model, context, seed, steps):
 
     def predict(x, time):
         item = model.image.segment(x[0], (4, 4), state="noised")
-        batch = pack([[Sequence(segments=(*opened(model.backbone.begin_ids, context), item))]])
+        batch = pack([[Sequence(segments=(*with_begin(model.backbone.begin_ids, context), item))]])
         batch = batch.with_media("image", time=torch.full((1,), time))
         return model.port.readout(model.run_pass(batch)[1].states["image"])[:, -16:]
 

@@ -39,7 +39,7 @@ from xfusion.backbone import Backbone
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Media, Sequence, Text, XFusionError
-from xfusion.data.templates import Templates, opened
+from xfusion.data.templates import Templates, with_begin
 from xfusion.fusion.prefix import Prefix
 from xfusion.generation import draw_tokens
 from xfusion.modalities.base import Codec
@@ -345,7 +345,7 @@ def test_codes_are_drawn_one_by_one_as_full_passes_would(bases):
         codes = torch.zeros(16, 1)
         for i in range(16):
             logits = []
-            for before in (opened(begin, context), ()):
+            for before in (with_begin(begin, context), ()):
                 blank = Media(tokens=codes, grid=(4, 4), state="noised", bidirectional=False)
                 batch = pack([[Sequence(segments=(*before, blank))]])
                 states = model.run_pass(batch)[1].states["image"]

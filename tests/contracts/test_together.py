@@ -12,7 +12,7 @@ from xfusion.backbone import Backbone
 from xfusion.composition import together
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Image, Media, Sequence, Sound, Text, XFusionError
-from xfusion.data.templates import opened
+from xfusion.data.templates import with_begin
 from xfusion.generation import caption, draw
 from xfusion.generation.words import answer_tokens
 from xfusion.objectives.base import NoObjective
@@ -50,7 +50,7 @@ def segments(model, kinds):
 
 def found(model, rows):
     """Final states of all positions in reading order, of each sequence."""
-    batch = pack([[Sequence(segments=opened(model.backbone.begin_ids, row))] for row in rows])
+    batch = pack([[Sequence(segments=with_begin(model.backbone.begin_ids, row))] for row in rows])
     if model.backbone.dtype == torch.float64:
         for name, media in batch.media.items():
             batch = batch.with_media(name, tokens=media.tokens.double(), time=media.time.double())

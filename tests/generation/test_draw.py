@@ -10,7 +10,7 @@ import xfusion
 from xfusion.backbone import Backbone
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Media, Sequence, XFusionError
-from xfusion.data.templates import opened
+from xfusion.data.templates import with_begin
 from xfusion.generation import BATCH, draw_size, draw_tokens
 from xfusion.modalities.image import ImageModality
 from xfusion.model import Model
@@ -62,7 +62,7 @@ def by_hand(model, context, *, seed, steps, guidance, interval=(0.0, 1.0)):
 
     def velocity(segments, x, t):
         blank = Media(tokens=x, grid=(4, 4), state="noised")
-        batch = pack([[Sequence(segments=(*opened(model.backbone.begin_ids, segments), blank))]])
+        batch = pack([[Sequence(segments=(*with_begin(model.backbone.begin_ids, segments), blank))]])
         media = batch.media["image"]
         time = torch.zeros(len(media.noised))
         time[-1] = t

@@ -13,7 +13,7 @@ import xfusion
 from xfusion.backbone import Backbone
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Media, Sequence, Text, XFusionError
-from xfusion.data.templates import opened, question_text
+from xfusion.data.templates import question_text, with_begin
 from xfusion.generation import PLAIN, PLAIN_SAMPLING, TooLong, log_likelihoods, prompt_length, score_names
 from xfusion.generation import segments as generation
 
@@ -32,7 +32,7 @@ def media_of(model, picture):
 @torch.no_grad()
 def logits_after(model, segments):
     """Logits of every text row behind the last picture, by one uncached pass on the reference path."""
-    batch = pack([[Sequence(segments=opened(model.backbone.begin_ids, segments))]])
+    batch = pack([[Sequence(segments=with_begin(model.backbone.begin_ids, segments))]])
     with model.using(model.reference_engine()):
         hidden, run = model.run_pass(batch)
         return model.engine.backbone.logits(hidden[:, run.slices["text"]])[0]

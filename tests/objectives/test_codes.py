@@ -11,7 +11,7 @@ from xfusion.backbone import Backbone
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.pack import pack
 from xfusion.data.sequence import IGNORE, Media, Sequence, XFusionError
-from xfusion.data.templates import opened
+from xfusion.data.templates import with_begin
 from xfusion.fusion.prefix import Prefix
 from xfusion.generation import draw_tokens
 from xfusion.modalities.base import Codec
@@ -264,7 +264,7 @@ def test_a_picture_is_completed_as_whole_passes_would(bases):
         if place < 0 or keep[0, place]:
             continue
         scores = []
-        for before in (opened(model.backbone.begin_ids, context), ()):
+        for before in (with_begin(model.backbone.begin_ids, context), ()):
             drawn = Media(tokens=expected, grid=(4, 4), state="noised", has_loss=True, bidirectional=False)
             batch = batch_of((*before, drawn))
             batch.media["image"] = reorder_for_infill(batch.media["image"], {0: keep[0]}, 4)

@@ -25,7 +25,7 @@ import xfusion
 from xfusion.data.mixture import Mixture, MixtureConfig
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Example, Sequence, XFusionError
-from xfusion.data.templates import Templates, opened
+from xfusion.data.templates import Templates, with_begin
 from xfusion.model import Model
 from xfusion.objectives import contrastive
 from xfusion.objectives.base import NoObjective
@@ -210,7 +210,7 @@ def test_embed_takes_texts_and_pictures_in_any_order(bases):
     found = model.embed(items)
     assert found.shape == (5, 16) and torch.equal(found[0], found[4])
     torch.testing.assert_close(torch.cat([model.embed([i]) for i in items]), found, rtol=0, atol=1e-5)
-    text = opened(model.backbone.begin_ids, words_of(model, "tree"))
+    text = with_begin(model.backbone.begin_ids, words_of(model, "tree"))
     tokens = model.image.encode([shown[0]], SIDE)[0]
     item = model.image.segment(tokens, (4, 4), state="noised")
     u, v = vectors(model, [Sequence(segments=(*text, item))])

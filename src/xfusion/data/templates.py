@@ -93,7 +93,7 @@ Encode = Callable[[str], tuple[int, ...]]
 """Text -> token ids, by the base's tokenizer."""
 
 
-def opened(begin: tuple[int, ...], context: tuple[Text | Media, ...]) -> tuple[Text | Media, ...]:
+def with_begin(begin: tuple[int, ...], context: tuple[Text | Media, ...]) -> tuple[Text | Media, ...]:
     """Put the base's BOS tokens before a context that starts with text.
 
     A decoder uses its first position as an attention sink: from the middle layers on, all first tokens have nearly the
@@ -111,7 +111,7 @@ def opened(begin: tuple[int, ...], context: tuple[Text | Media, ...]) -> tuple[T
 def drawing(encode: Encode, begin: tuple[int, ...], words: str, picture: Media) -> Sequence:
     """A prompt, then the noised target picture; without a prompt, only the picture."""
     ids = encode(words)
-    return Sequence(segments=(*opened(begin, (Text(ids=ids),) if ids else ()), picture))
+    return Sequence(segments=(*with_begin(begin, (Text(ids=ids),) if ids else ()), picture))
 
 
 def captioning(
@@ -143,4 +143,4 @@ def captioning(
         *asked(picture, question),
         Text(ids=(*encode(answer), end), has_loss=True),
     )
-    return Sequence(segments=opened(begin, tuple(segments)))
+    return Sequence(segments=with_begin(begin, tuple(segments)))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Sequence, Text, XFusionError
-from xfusion.data.templates import opened
+from xfusion.data.templates import with_begin
 from xfusion.generation import refuse_to_draw
 from xfusion.layers import attention_weights
 from xfusion.model import Model
@@ -58,7 +58,7 @@ def drawing_attention(model: Model, prompt: str, tokens: Tensor, grid: tuple[int
     ids = model.backbone.encode(prompt)
     context = (Text(ids=ids),) if ids else ()
     picture = model.image.segment(tokens.cpu(), grid, state="noised")
-    batch = pack([[Sequence(segments=(*opened(model.backbone.begin_ids, context), picture))]])
+    batch = pack([[Sequence(segments=(*with_begin(model.backbone.begin_ids, context), picture))]])
     batch = batch.to(model.backbone.device)
     engine = model.training_engine(model.backbone.dtype, "plain products give their weights", "eager", False)
     # If a layer has two blocks, the new one runs last.

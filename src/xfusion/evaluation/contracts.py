@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from xfusion.backbone import Backbone
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Batch, Media, Sequence, Text, XFusionError
-from xfusion.data.templates import opened
+from xfusion.data.templates import with_begin
 from xfusion.evaluation.run import Progress
 from xfusion.evaluation.verify import STORY, bit_equal, randomised
 from xfusion.fusion.dual_tower import DualTower
@@ -169,7 +169,7 @@ def _outputs(model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
 def _check_cache(model: Model) -> tuple[bool, str]:
     words, size = Text(ids=model.backbone.encode(WORDS[0])), SIDE
     blank = replace(_picture(model, noised=True), tokens=torch.zeros_like(_picture(model).tokens))
-    batch = _packed(model, [Sequence(segments=(*opened(model.backbone.begin_ids, (words,)), blank))])
+    batch = _packed(model, [Sequence(segments=(*with_begin(model.backbone.begin_ids, (words,)), blank))])
     media, device = batch.media["image"], model.backbone.device
     is_token = media.item[0] >= 0
     generator = torch.Generator().manual_seed(0)

@@ -20,7 +20,7 @@ from torch import Tensor
 from xfusion.backbone import Cache
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Batch, Media, MediaRows, Rows, Sequence, Text, XFusionError
-from xfusion.data.templates import opened
+from xfusion.data.templates import with_begin
 from xfusion.fusion.base import Pass
 from xfusion.generation import base
 from xfusion.generation.base import Progress, draw_size, refuse_to_draw, seeds_of, text_segment
@@ -87,7 +87,7 @@ def _after(model: Model, contexts: Seq[tuple[Text | Media, ...]], grid: tuple[in
     """The drawer of one item after each context: reads the contexts, and an empty one for each if there is guidance."""
     name, count = model.modality.name, grid[0] * grid[1]
     blank = model.modality.segment(torch.zeros(count, model.modality.token_width), grid, state="noised")
-    prompts = [(*opened(model.backbone.begin_ids, context), blank) for context in contexts]
+    prompts = [(*with_begin(model.backbone.begin_ids, context), blank) for context in contexts]
     if scale != 1:
         prompts += [(blank,) for _ in contexts]
     batch = pack([[Sequence(segments=segments)] for segments in prompts]).to(model.device)

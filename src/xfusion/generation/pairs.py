@@ -12,7 +12,7 @@ from torch import Tensor
 
 from xfusion.data.pack import pack
 from xfusion.data.sequence import END_OF_MEDIA, Media, Sequence, Text, XFusionError
-from xfusion.data.templates import opened
+from xfusion.data.templates import with_begin
 from xfusion.generation import base
 from xfusion.generation.base import MediaInput, encode_prompt, media_segment
 from xfusion.generation.words import score_names
@@ -51,7 +51,10 @@ def embed(
             batch_indices = indices[start : start + base.BATCH]
             batch_items = [items[i] for i in batch_indices]
             segments = (
-                [opened(model.backbone.begin_ids, (Text(ids=encode_prompt(model, cast(str, t))),)) for t in batch_items]
+                [
+                    with_begin(model.backbone.begin_ids, (Text(ids=encode_prompt(model, cast(str, t))),))
+                    for t in batch_items
+                ]
                 if is_text
                 else [(media,) for media in media_segment(model, cast("list[PILImage.Image]", batch_items))]
             )
@@ -106,7 +109,7 @@ def match(model: Model, pictures: Seq[PILImage.Image], texts: Seq[str]) -> Tenso
         raise XFusionError("match takes a list of texts: write [text]")
     objective: Any = next(o for o in model.objectives if "match" in o.gives)
     begin, media = model.backbone.begin_ids, media_segment(model, pictures)
-    text_segments = [opened(begin, (Text(ids=encode_prompt(model, text)),)) for text in texts]
+    text_segments = [with_begin(begin, (Text(ids=encode_prompt(model, text)),)) for text in texts]
     pairs = [(i, j) for i in range(len(media)) for j in range(len(text_segments))]
     probabilities = torch.empty(len(media), len(text_segments))
     for start in range(0, len(pairs), base.BATCH):
@@ -168,7 +171,7 @@ def fill_tokens(model: Model, pictures: Seq[Media], texts: Seq[tuple[int, ...]])
     begin, log_probs = model.backbone.begin_ids, []
     for start in range(0, len(texts), base.BATCH):
         batch_texts, batch_pictures = texts[start : start + base.BATCH], pictures[start : start + base.BATCH]
-        text_segments = [opened(begin, (Text(ids=ids),)) for ids in batch_texts]
+        text_segments = [with_begin(begin, (Text(ids=ids),)) for ids in batch_texts]
         rows = [
             [Sequence(segments=(*segments, media))]
             for segments, media in zip(text_segments, batch_pictures, strict=True)

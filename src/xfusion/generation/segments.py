@@ -13,7 +13,7 @@ from torch import Tensor
 
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Audio, Image, Media, Sequence, Sound, Text, XFusionError
-from xfusion.data.templates import IN_JSON, opened
+from xfusion.data.templates import IN_JSON, with_begin
 from xfusion.generation import base
 from xfusion.generation.base import (
     Listener,
@@ -385,7 +385,7 @@ def _answer_logits(
         token_ids = [*(i for segment in context if isinstance(segment, Text) for i in segment.ids), *ids]
         logits = model.text_model()(torch.tensor([token_ids], device=model.backbone.device)).logits[0]
     else:
-        segments = opened(model.backbone.begin_ids, (*_with_question_ending(model, context, items), Text(ids=ids)))
+        segments = with_begin(model.backbone.begin_ids, (*_with_question_ending(model, context, items), Text(ids=ids)))
         hidden, run = model.run_pass(pack([[Sequence(segments=segments)]]).to(model.device))
         logits = model.engine.backbone.logits(hidden[:, run.slices["text"]][:, -len(ids) - 1 :])[0]
     return logits[-len(ids) - 1 : -1]

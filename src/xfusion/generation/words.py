@@ -12,7 +12,7 @@ from torch import Tensor
 from xfusion.backbone import Cache
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Batch, Media, Rows, Sequence, Text
-from xfusion.data.templates import opened, question_text
+from xfusion.data.templates import question_text, with_begin
 from xfusion.generation import base
 from xfusion.generation.base import (
     Listener,
@@ -57,7 +57,7 @@ def answer_tokens(
     """
     # An empty text after the media adds [EOI], from which the first token is predicted.
     prompts = [c if isinstance(c[-1], Text) else (*c, Text(ids=())) for c in contexts]
-    prompts = [opened(model.backbone.begin_ids, prompt) for prompt in prompts]
+    prompts = [with_begin(model.backbone.begin_ids, prompt) for prompt in prompts]
     # Of weights loaded in inference mode nothing says whether they were changed.
     keeps = len(prompts) == 1 and not model.fusion.reads_ahead
     keeps = keeps and not any(weight.is_inference() for weight in model.new_parameters())
@@ -222,7 +222,7 @@ def score_names(
 def _prefill(model: Model, item: Media | None, question_ids: tuple[int, ...] = ()) -> tuple[Cache, Tensor]:
     """KV cache of a picture, its [EOI] and a question, and the log-probabilities ``[V]`` of the first token after them."""
     blank = model.modality.segment(torch.zeros(1, model.modality.token_width), (1, 1))
-    prompt = opened(model.backbone.begin_ids, (item or blank, Text(ids=question_ids)))
+    prompt = with_begin(model.backbone.begin_ids, (item or blank, Text(ids=question_ids)))
     batch = pack([[Sequence(segments=prompt)]]).to(model.device)
     if item is None:  # the end-of-media row without anything before it, as if there were no picture
         positions = torch.arange(batch.text.count, device=model.device)[None]
