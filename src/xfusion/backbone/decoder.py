@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from xfusion.backbone.cache import Cache
 from xfusion.backbone.sources import EMBEDDED, SCRATCH, load_weights, one_line_errors, resolve_source
 from xfusion.data.sequence import Rows, XFusionError, fingerprint, first_line
+from xfusion.hub import card_licence, hub_commit
 from xfusion.layers import Slot, attention_path, grouped_attention, shadow, takes_cache
-from xfusion.storage import card_licence, hub_commit
 
 FUNCTION = (
     "model_type",

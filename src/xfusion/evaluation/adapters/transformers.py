@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from xfusion.data.recaption import Ask
 from xfusion.data.sequence import XFusionError, first_line
+from xfusion.hub import hub_commit
 from xfusion.modalities.encoders.loading import load_pretrained
-from xfusion.storage import file_hash, hub_commit
+from xfusion.storage import file_hash
 
 
 def parse_source(text: str) -> tuple[str, str | None]:

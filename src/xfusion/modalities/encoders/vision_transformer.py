@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from xfusion.data.sequence import XFusionError
+from xfusion.hub import card_licence, hub_file
 from xfusion.modalities.base import Encoder
 from xfusion.modalities.encoders.loading import load_pretrained
-from xfusion.storage import card_licence, hub_file
 
 
 class VisionTransformer(Encoder):

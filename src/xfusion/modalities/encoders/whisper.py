@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from xfusion.data.sequence import XFusionError
+from xfusion.hub import hub_file
 from xfusion.modalities.base import SoundCodec
 from xfusion.modalities.encoders.loading import load_pretrained
-from xfusion.storage import hub_file
 
 RATE = 16_000
 """Sample rate of all Whisper models, per second."""
