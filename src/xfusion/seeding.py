@@ -25,9 +25,8 @@ def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
         if device.type == "cuda":
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
-        before = (
-            torch.mps.get_rng_state() if device.type == "mps" else None
-        )  # `fork_rng` knows no generator without an index
+        # `fork_rng` knows no generator without an index.
+        before = torch.mps.get_rng_state() if device.type == "mps" else None
         try:
             if before is not None:
                 torch.mps.manual_seed(seed)
