@@ -1,5 +1,6 @@
 """`bench` runs and its arithmetic is right; how fast anything is, is no test."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -233,10 +234,12 @@ def test_no_graph_is_new_where_nothing_is_compiled():
 def test_graphs_are_counted_over_batches_that_were_not_read_before(bench, monkeypatch):
     """Those of the warm-up, again and again, would hide a shape that changes with every step."""
     monkeypatch.setattr(fusion_base.torch, "compile", partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 512)  # each width is a graph of its own in the second
-    monkeypatch.setattr(torch._dynamo.config, "accumulated_recompile_limit", 4096)
     counted = {}
-    try:
+    # Each width is a graph of its own in the second.
+    limits = torch._dynamo.config.patch(recompile_limit=512, accumulated_recompile_limit=4096)
+    with limits, contextlib.ExitStack() as reset:
+        reset.callback(torch.compiler.reset)
+        reset.callback(fusion_base.compiled.cache_clear)
         for name, fit in (("as it is", mixture._fit), ("each its own width", lambda widths, longest: longest)):
             torch.compiler.reset()
             fusion_base.compiled.cache_clear()
@@ -249,9 +252,6 @@ def test_graphs_are_counted_over_batches_that_were_not_read_before(bench, monkey
                 step.run_unseen(6)
             counted[name] = seen(), unseen()
             assert step.period == bench_base.PERIOD
-    finally:
-        fusion_base.compiled.cache_clear()
-        torch.compiler.reset()
     assert counted["as it is"][0] == counted["each its own width"][0] == 0
     assert counted["as it is"][1] <= 6 < counted["each its own width"][1]
 
