@@ -5,8 +5,9 @@
     python runs/draw_emoji.py docs/pictures --knobs
 
 Without --data these are twelve emoji; with it, the first --count pictures in the order of the hashes of their ids, so that nobody
-chose them by eye. Seeds from 0 on, the pack's own steps and guidance, 32 px, each pixel shown as three by three. With --knobs,
-each of `KNOBS` has a picture in the folder: three values side by side, one prompt a row, and one seed unless it is the knob.
+chose them by eye. Seeds from 0 on, the pack's own steps and guidance, --size pixels a side; smaller ones are enlarged to 96 px
+by whole pixels. With --knobs, each of `KNOBS` has a picture in the folder: three values side by side, one prompt a row, and one
+seed unless it is the knob.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ KNOBS: dict[str, list[dict[str, Any]]] = {
     "seed": [{"seed": 0}, {"seed": 100}, {"seed": 200}],
     "size": [{"size": 16}, {"size": 32}, {"size": 96}],
 }
-SIDE, SCALE, MARGIN = 32, 3, 4
+SIDE, SHOWN, MARGIN = 32, 96, 4
 
 
 def main() -> None:
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--data")
     parser.add_argument("--count", type=int, default=12)
+    parser.add_argument("--size", type=int, default=SIDE)
     parser.add_argument("--knobs", action="store_true")
     options = parser.parse_args()
     model = xfusion.load(options.model)
@@ -59,18 +61,19 @@ def main() -> None:
     indices = {example.captions[0]: i for i, example in enumerate(source.examples)}
     chosen = choose_examples(source.examples, options.count)
     prompts = [source.examples[i].captions[0] for i in chosen] if options.data else list(PROMPTS)
-    drawings = model.draw(prompts, size=SIDE, seed=0)
-    save([drawings, [source.picture(indices[prompt], SIDE) for prompt in prompts]], options.out)
+    drawings = model.draw(prompts, size=options.size, seed=0)
+    save([drawings, [source.picture(indices[prompt], options.size) for prompt in prompts]], options.out)
     print(", ".join(prompts))
 
 
 def save(rows: Sequence[Sequence[Image.Image]], out: Path) -> None:
     """Write rows of pictures as one, each enlarged to the same side by whole pixels."""
-    cell = SIDE * SCALE + 2 * MARGIN
+    side = max(SHOWN, *(picture.width for row in rows for picture in row))
+    cell = side + 2 * MARGIN
     sheet = Image.new("RGB", (cell * len(rows[0]), cell * len(rows)), "white")
     for row, pictures in enumerate(rows):
         for column, picture in enumerate(pictures):
-            large = picture.convert("RGB").resize((SIDE * SCALE,) * 2, Image.Resampling.NEAREST)
+            large = picture.convert("RGB").resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(large, (column * cell + MARGIN, row * cell + MARGIN))
     with atomic_file(out) as temporary:
         sheet.save(temporary, format="PNG", optimize=True)

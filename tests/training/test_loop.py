@@ -649,6 +649,21 @@ def test_a_budget_is_used_up_whatever_its_previews_take(bases, tmp_path, monkeyp
     assert 300 - seconds <= clock.now - seconds <= 300 + seconds, "the last preview comes behind the budget"
 
 
+@pytest.mark.parametrize(("seconds", "share"), [(19, None), (60, "50%")])
+def test_previews_that_take_much_of_a_run_are_told_once(seconds, share, bases, tmp_path, clock, monkeypatch):
+    def preview(run):
+        clock.now += seconds
+        run.preview_seconds = seconds
+
+    monkeypatch.setattr(loop._Run, "preview", preview)
+    told = io.StringIO()
+    few = recipe(bases["llama"], mixture=FEW, steps=200)
+    console = Console(file=told, width=200)
+    train(bases["llama"], tmp_path, recipe_=few, listener=clock, preview_every=60, console=console)
+    hint = f"hint      a preview took {seconds}.0 s, and --preview-every is 60 s: {share} of the run goes to previews"
+    assert told.getvalue().count("--preview-every") == told.getvalue().count(hint) == (1 if share else 0)
+
+
 def test_another_budget_does_not_change_steps_that_are_fixed(bases, tmp_path, clock):
     few = recipe(bases["llama"], mixture=FEW)
     train(bases["llama"], tmp_path, recipe_=few, minutes=45.5 / 60, listener=clock)

@@ -36,7 +36,7 @@ from xfusion.model import Model
 from xfusion.training import outputs, resuming, setup, states, summary
 from xfusion.training.memory import keep_freed_memory
 from xfusion.training.optimizer import Optimizer
-from xfusion.training.pace import FEW_STEPS, SMALL_STEP, WARM_STEPS, Graphs, Pace
+from xfusion.training.pace import FEW_STEPS, LARGE_PREVIEWS, SMALL_STEP, WARM_STEPS, Graphs, Pace
 from xfusion.training.precision import check_compute_dtype, choose_compute_dtype
 from xfusion.training.processes import Processes, Shard, is_sharded
 from xfusion.training.progress import Progress, all_examples
@@ -341,7 +341,7 @@ class _Run:
     def _run_steps(self, stop: Stop) -> None:
         """Take steps, draw previews and write checkpoints until the run is finished or stopped."""
         last_checkpoint = last_preview = time.perf_counter()
-        pace, due = Pace(self.progress.step), (False, False)
+        pace, due, previews_weighed = Pace(self.progress.step), (False, False), False
         if not self.progress.step:
             self._try_largest_step()
         stage_number = -1
@@ -358,6 +358,9 @@ class _Run:
             if preview:
                 self.preview()
                 last_preview = time.perf_counter()
+                if not previews_weighed:
+                    previews_weighed = True
+                    self._hint_at_previews()
             if write_state:
                 self.save()
                 last_checkpoint = time.perf_counter()
@@ -404,6 +407,15 @@ class _Run:
             self.track.print(
                 f"hint      so few steps often teach nothing (docs/training_log.md): give more --minutes, or smaller steps by"
                 f" --stages.0.mixture.draw and .caption, now {mixture.draw} and {mixture.caption} samples"
+            )
+
+    def _hint_at_previews(self) -> None:
+        """Say it if previews take much of the run: minutes given where seconds are meant make nearly every step a preview."""
+        share = self.preview_seconds / (self.preview_seconds + self.preview_every)
+        if share > LARGE_PREVIEWS:
+            self.track.print(
+                f"hint      a preview took {self.preview_seconds:.1f} s, and --preview-every is {self.preview_every:g} s:"
+                f" {share:.0%} of the run goes to previews"
             )
 
     def _try_largest_step(self) -> None:

@@ -10,6 +10,8 @@ MEASURED_STEPS = 20
 """Steps per measurement of the pace."""
 FEW_STEPS, SMALL_STEP = 200, 32
 """Below so many steps, of more samples than these, a tower often learns nothing, and more steps of fewer samples may teach it."""
+LARGE_PREVIEWS = 0.25
+"""From this share of the run on it is said how long previews take."""
 STEADY = 0.9
 """The pace counts as steady once a measurement takes at least this share of the one before."""
 
