@@ -14,7 +14,9 @@ import argparse
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from pyarrow import parquet
 
@@ -33,22 +35,41 @@ def main() -> None:
         parser.error(
             f"no speaker {options.held_speaker!r}: there are {', '.join(sorted({r['speaker'] for r in rows}))}"
         )
-    (options.out / "wav").mkdir(parents=True)
-    manifests: dict[str, list[str]] = {"train": [], "held_recordings": [], "held_speaker": []}
+
+    def sounds() -> Iterable[tuple[str, dict[str, Any], str, dict[str, Any]]]:
+        for row in rows:
+            name = Path(row["source_path"]).name
+            part = "held_recordings" if share_of(name) < HELD_SHARE else "train"
+            part = "held_speaker" if row["speaker"] == options.held_speaker else part
+            yield part, row, name, {"caption": row["text"]}
+
+    write(options.out, ("train", "held_recordings", "held_speaker"), sounds(), options.longest)
+
+
+def share_of(text: str) -> float:
+    """A number from 0 to 1 that depends on the text alone, evenly spread over texts."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def write(
+    out: Path, parts: Iterable[str], sounds: Iterable[tuple[str, dict[str, Any], str, dict[str, Any]]], longest: float
+) -> None:
+    """Write ``wav/`` and a manifest per part; sounds longer than ``longest`` seconds are left out and counted.
+
+    sounds: the part, row of the parquet file, file name and further fields of the manifest, for each sound.
+    """
+    (out / "wav").mkdir(parents=True)
+    manifests: dict[str, list[str]] = {part: [] for part in parts}
     left_out: Counter[str] = Counter()
-    for row in rows:
-        name = Path(row["source_path"]).name
-        share = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
-        part = "held_recordings" if share < HELD_SHARE else "train"
-        part = "held_speaker" if row["speaker"] == options.held_speaker else part
-        if row["seconds"] > options.longest:
+    for part, row, name, fields in sounds:
+        if row["seconds"] > longest:
             left_out[part] += 1
             continue
-        (options.out / "wav" / name).write_bytes(row["audio"]["bytes"])
-        manifests[part].append(json.dumps({"audio": f"wav/{name}", "caption": row["text"]}))
+        (out / "wav" / name).write_bytes(row["audio"]["bytes"])
+        manifests[part].append(json.dumps({"audio": f"wav/{name}", **fields}))
     for part, lines in manifests.items():
-        (options.out / f"{part}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        print(f"{part}: {len(lines)} sounds, {left_out[part]} longer than {options.longest:g} s left out")
+        (out / f"{part}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        print(f"{part}: {len(lines)} sounds, {left_out[part]} longer than {longest:g} s left out")
 
 
 if __name__ == "__main__":
