@@ -204,5 +204,11 @@ def test_what_the_pages_say():
         "pengi": 10,
         "audiopalm": 12,
     }
+    for name, grid in (("qwen_audio", (50, 1)), ("slm", (50, 1)), ("pengi", (10, 1))):  # the encoder hears as long a sound
+        longer = find(f"{name}(seconds=5.0)")().model.audio.build()
+        assert longer.grid(longer.sizes[0]) == grid and longer.codec.longest == 250
+        assert made[name].model.audio.codec.window == 2.0
+    with pytest.raises(XFusionError, match="a length of 5 s is not legal: .* at most the codec's 2 s"):
+        find("slm(seconds=5.0, window=2.0)")().model.audio.build()
     assert made["audiopalm"].model.port.tied and made["audiopalm"].stages[0].mixture.draw == 16
     assert MixtureConfig().templates.questions != made["slm"].stages[0].mixture.templates.questions

@@ -32,7 +32,7 @@ def pengi(
     seconds: float = 1.0,
     rows: int = 10,
     heads: int = 8,
-    window: float = 2.0,
+    window: float | None = None,
 ) -> Recipe:
     """The mapper, trained through the frozen decoder.
 
@@ -41,7 +41,7 @@ def pengi(
         seconds: longest sound.
         rows: of the prefix, a divisor of the sound's features of 20 ms.
         heads: of the mapper, a divisor of the language model's width.
-        window: seconds that the encoder hears, silence included.
+        window: seconds that the encoder hears, silence included; None is 2, or the longest sound if that is longer.
     """
     frames = round(seconds * 50) // rows
     port = PrefixMapper.Config(rows=rows, heads=heads, cells=frames)

@@ -37,7 +37,7 @@ QUESTIONS = ("What is said?", "What do you hear?")
 
 
 def qwen_audio(
-    encoder: str = "openai/whisper-tiny.en", seconds: float = 1.0, frames: int = 5, window: float = 2.0
+    encoder: str = "openai/whisper-tiny.en", seconds: float = 1.0, frames: int = 5, window: float | None = None
 ) -> Recipe:
     """Pooled frames and one matrix, trained through the frozen decoder.
 
@@ -45,12 +45,15 @@ def qwen_audio(
         encoder: folder or hub id of a Whisper model of width 384, or of its encoder alone.
         seconds: longest sound.
         frames: neighbouring features of 20 ms whose mean is a token.
-        window: seconds that the encoder hears, silence included.
+        window: seconds that the encoder hears, silence included; None is 2, or the longest sound if that is longer.
     """
     return Recipe(
         model=ModelConfig(
             audio=AudioModality.Config(
-                codec=Whisper.Config(source=encoder, window=window), seconds=seconds, patch=frames, order="causal"
+                codec=Whisper.Config(source=encoder, window=max(2.0, seconds) if window is None else window),
+                seconds=seconds,
+                patch=frames,
+                order="causal",
             ),
             port=Pooling.Config(cells=frames),
             fusion=Prefix.Config(),

@@ -27,14 +27,16 @@ PAPER = "arXiv 2310.00230"
 STATUS = "runs"
 
 
-def slm(encoder: str = "openai/whisper-tiny.en", seconds: float = 1.0, frames: int = 5, window: float = 2.0) -> Recipe:
+def slm(
+    encoder: str = "openai/whisper-tiny.en", seconds: float = 1.0, frames: int = 5, window: float | None = None
+) -> Recipe:
     """The adapter, trained through the frozen decoder.
 
     Args:
         encoder: folder or hub id of a Whisper model of width 384, or of its encoder alone.
         seconds: longest sound.
         frames: features of 20 ms of which one is kept.
-        window: seconds that the encoder hears, silence included.
+        window: seconds that the encoder hears, silence included; None is 2, or the longest sound if that is longer.
     """
     recipe = qwen_audio(encoder, seconds, frames, window).with_model(port=FrameTransformer.Config(cells=frames))
     return replace(recipe, stages=(replace(recipe.stages[0], rate=1e-3),))

@@ -39,12 +39,12 @@ def word_errors(answers: Sequence[str], texts: Sequence[str]) -> tuple[Tensor, T
         from torchmetrics.functional.text import word_error_rate
     except ImportError as error:
         raise XFusionError(f"word errors need the package {error.name}: pip install 'xfusion[eval]'") from error
-    answers, references = [list(map(normalised, side)) for side in (answers, texts)]
+    transcripts, references = list(map(normalised, answers)), list(map(normalised, texts))
     if "" in references:
         raise XFusionError(f"the text {texts[references.index('')]!r} has no words: there is nothing to transcribe")
     num_words = torch.tensor([len(reference.split()) for reference in references], dtype=torch.float64)
     rates = [
-        float(word_error_rate([answer], [reference])) for answer, reference in zip(answers, references, strict=True)
+        float(word_error_rate([answer], [reference])) for answer, reference in zip(transcripts, references, strict=True)
     ]
     return (torch.tensor(rates, dtype=torch.float64) * num_words).round(), num_words
 
@@ -56,13 +56,14 @@ def with_baselines(prefix: str, answers: Sequence[str], texts: Sequence[str]) ->
         XFusionError: as `word_errors`.
     """
     errors, num_words = word_errors(answers, texts)
+    total = float(num_words.sum())
 
     def permuted(order: Tensor) -> float:
-        return float(word_errors([answers[i] for i in order.tolist()], texts)[0].sum() / num_words.sum())
+        return float(word_errors([answers[i] for i in map(int, order)], texts)[0].sum()) / total
 
     name = f"{prefix}word_errors"
     return {
-        name: float(errors.sum() / num_words.sum()),
+        name: float(errors.sum()) / total,
         f"{name}_interval": bootstrap(
             lambda resampled: errors[resampled].sum(dim=1) / num_words[resampled].sum(dim=1), len(errors)
         ),
