@@ -20,6 +20,7 @@ from xfusion.apps import chat, cli
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import open_source
+from xfusion.evaluation.metrics import word_errors
 from xfusion.evaluation.suites import sounds as sounds_suite
 from xfusion.evaluation.verify import verify
 from xfusion.modalities.audio import resampled
@@ -107,6 +108,54 @@ def test_made_codes_are_judged_by_those_of_trained_recordings(bases, tones, whis
         assert found["made_at_1"] == at_1 and found["num_made"] == 6 and found["chance_made_at_1"] == 0.5
         assert found["ceiling_made_at_1"] == 1
     assert "made_at_1" not in sounds_suite.run(model, progress=lambda *_: None, source=tones, num_made=0)
+
+
+SENTENCES = ("please hold", "press one", "press two to go on", "thank you", "good bye")
+
+
+def test_sentences_are_ranked_among_the_held_ones_and_transcribed(bases, tones, whisper, tmp_path, monkeypatch):
+    for number, sentence in enumerate(SENTENCES):
+        wave = 0.4 * numpy.sin(6.28 * (200 + 150 * number) * numpy.arange(1600) / 8000)
+        soundfile.write(tmp_path / f"{number}.wav", wave, 8000)
+        (tmp_path / f"{number}.txt").write_text(sentence)
+    model = build(tiny("qwen_audio", bases["llama"], whisper, "").model, bases["llama"]).eval()
+    held = open_source(str(tmp_path), split="all")
+    found = xfusion.evaluate(model, "sounds", source=tones, held=held)
+    heard = [held.sound(i) for i in range(5)]
+    longest = 2 * max(len(model.backbone.encode(name)) for name in NAMES)
+    answers = {"held": model.caption(heard, max_tokens=max(8, longest))}
+    answers["fit"] = model.caption([open_source(tones).sound(i) for i in range(8)], max_tokens=max(8, longest))
+    for kind, texts in (("held", SENTENCES), ("fit", NAMES * 4)):
+        expected = word_errors.with_baselines(f"{kind}_", answers[kind], texts)
+        assert {key: found[key] for key in expected} == expected and expected[f"{kind}_word_errors"] > 0
+    gained = model.score_names(heard, SENTENCES) - model.score_names(None, SENTENCES)
+    assert found["held_at_1"] == (gained.argmax(1) == torch.arange(5)).double().mean()
+    assert found["num_names"] == 5 and found["chance_held_at_1"] == pytest.approx(0.2)
+    assert found["settings"]["names"] == list(SENTENCES) and "fit_at_1" not in found and found["num_fit"] == 8
+
+    asked, sentences = [], {float(sound.samples[1]): text for sound, text in zip(heard, SENTENCES, strict=True)}
+
+    def caption(self, sounds, max_tokens):
+        asked.append(max_tokens)
+        return [sentences.get(float(sound.samples[1]), "") for sound in sounds]
+
+    monkeypatch.setattr(type(model), "caption", caption)
+    found = xfusion.evaluate(model, "sounds", source=tones, held=held)
+    assert found["held_word_errors"] == 0 and found["fit_word_errors"] == 1 and found["held_word_errors_blind"] > 0.5
+    assert set(asked) == {max(8, longest)}
+    (tmp_path / "4.txt").write_text("tree")
+    with pytest.raises(
+        XFusionError,
+        match="0.wav: 'please hold' is no name of .*, but 1 of 5 held-out texts are: hold out recordings of",
+    ):
+        xfusion.evaluate(model, "sounds", source=tones, held=str(tmp_path))
+    monkeypatch.setattr(sounds_suite, "LARGEST_NAMES", 4)
+    with pytest.raises(XFusionError, match="5 different names, at most 4 are ranked: score fewer, by max_held"):
+        xfusion.evaluate(model, "sounds", source=tones, held=held)
+    assert xfusion.evaluate(model, "sounds", source=tones, held=held, max_held=4)["num_names"] == 4
+    monkeypatch.setattr(sounds_suite, "LARGEST_NAMES", 1)
+    found = xfusion.evaluate(model, "sounds", source=tones)  # too many to be names, and nothing is held out
+    assert found["fit_word_errors"] == 1 and found["num_names"] == 0 and "fit_at_1" not in found
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -204,7 +253,11 @@ def test_what_the_pages_say():
         "pengi": 10,
         "audiopalm": 12,
     }
-    for name, grid in (("qwen_audio", (50, 1)), ("slm", (50, 1)), ("pengi", (10, 1))):  # the encoder hears as long a sound
+    for name, grid in (
+        ("qwen_audio", (50, 1)),
+        ("slm", (50, 1)),
+        ("pengi", (10, 1)),
+    ):  # the encoder hears as long a sound
         longer = find(f"{name}(seconds=5.0)")().model.audio.build()
         assert longer.grid(longer.sizes[0]) == grid and longer.codec.longest == 250
         assert made[name].model.audio.codec.window == 2.0
