@@ -17,6 +17,7 @@ from xfusion.recipes.base import names
 
 NAMED = (
     ("caption_exact", "exact name"),
+    ("word_errors", "word errors"),
     ("exact", "exact name"),
     ("accuracy", "right answers"),
     ("caption_at_1", "ranked first"),
@@ -209,6 +210,7 @@ def overview(folders: Sequence[Path]) -> list[str]:
         "pictures, encoders and budgets differ between comparisons. Their sections state what is decided.",
         "",
         "- *names*: share of exact answers, any text allowed; *ranked first*: the true name ranks before the other given names.",
+        "  *word errors*: per word that is said; lower is better.",
         "  *draws*: share of drawings whose nearest real picture, in pixels, is the right one.",
         "- **unseen**: items of groups that training never saw. *memory*: trained items, if no others were scored.",
         "  *blind*: the same with pictures permuted. *chance*: a random order. *ceiling*: real pictures through the",

@@ -47,7 +47,8 @@ SHOWN_NAMING = ("held_caption_exact", "held_caption_at_1", "fit_caption_exact", 
 """Where no recipe draws. The first that was measured is open on the page."""
 PAIRS = (Contrastive.Config, Matching.Config, MaskedWords.Config)
 """Objectives over pairs of a picture and a text."""
-SHOWN_OF_RECIPE = tuple(dict.fromkeys((*SHOWN_UNSEEN[:-1], *SHOWN[:-1], *SHOWN_NAMING[:-1], "held_exact", "made_at_1")))
+SHOWN_OF_SOUNDS = ("held_exact", "held_word_errors", "made_at_1")
+SHOWN_OF_RECIPE = tuple(dict.fromkeys((*SHOWN_UNSEEN[:-1], *SHOWN[:-1], *SHOWN_NAMING[:-1], *SHOWN_OF_SOUNDS)))
 """On a recipe's page, where its runs have them."""
 EMOJI = re.compile(r"(fit|held)_(caption|retrieval)_")
 """Scores of the suite `emoji`, of which those above are shown."""

@@ -19,7 +19,7 @@ from PIL import Image as PILImage
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from contracts.table import VOCABULARY, Frames, Noise, make_base, make_model
+from contracts.table import VOCABULARY, Frames, Noise, make_base, make_model, of_other_groups
 
 from xfusion.apps import comparison_page
 from xfusion.apps.comparison_page import by_share
@@ -51,6 +51,7 @@ from xfusion.comparison.table import contributions, regime_of
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import open_source
+from xfusion.data.templates import Templates
 from xfusion.evaluation import verify
 from xfusion.evaluation.machine import commit
 from xfusion.evaluation.suites import emoji
@@ -68,6 +69,7 @@ from xfusion.modalities.port import MediaPort
 from xfusion.model import BackboneConfig, ModelConfig, build
 from xfusion.objectives.alignment import Alignment
 from xfusion.objectives.base import NoObjective
+from xfusion.objectives.contrastive import Contrastive
 from xfusion.objectives.next_token import NextToken
 from xfusion.training import loop
 from xfusion.training.loop import Interrupted
@@ -789,6 +791,41 @@ def test_trials_choose_on_validation_and_freeze(go, base, monkeypatch):
     assert len(trained) == count, "frozen: nothing is tried again"
 
 
+@pytest.fixture
+def scored(monkeypatch):
+    """Give a score of trials to be measured instead: the numbers of the trials, in turn."""
+
+    def give(name, values):
+        real, turns = walk.evaluate, iter(values)
+
+        def evaluate(model, suite, **settings):
+            found = real(model, suite, **settings)
+            return found | ({name: next(turns)} if settings["part"] == "validation" else {})
+
+        monkeypatch.setattr(walk, "evaluate", evaluate)
+
+    return give
+
+
+def test_trials_of_a_recipe_that_does_not_draw(go, base, scored):
+    """A recipe like clip is chosen by a score of its own; it has no guidance to try."""
+    scored("held_caption_mrr", (0.5, 0.2, 0.9))  # the first of a call that asks for other scores
+    matches = {"text": NextToken.Config(weight=0.0), "media": NoObjective.Config(), "extra": (Contrastive.Config(),)}
+    mixture = MixtureConfig(draw=STEP, caption=0, templates=Templates(caption_dropout=0.0))
+    recipe = tiny(base, mixture=mixture).with_model(**matches)
+    held = of_other_groups(Noise(12))
+    assert {part_of(example.group) for example in held.examples} == {"validation", "test"}
+    settings = {"trials": 2, "seeds": (0,), "held": held}
+    with pytest.raises(
+        XFusionError, match="trials choose by fit_retrieval_pixel_at_10, fit_caption_f1, and one has none of"
+    ):
+        go({"one": recipe}, **settings)
+    go({"one": recipe}, **settings, choose_by=("held_caption_mrr",))
+    tried, run = read("one-trials.json"), read("one-seed0.json")
+    assert tried["chosen"] == {"rate_factor": 0.5, "guidance": None} and tried["guidances"] == []
+    assert run["settings"]["tuning"]["choose_by"] == ["held_caption_mrr"] and "held_caption_mrr" in run["scores"]
+
+
 def test_runs_that_do_not_belong_together(go, base):
     go({"one": tiny(base), "two": tiny(base, mlp=8)}, seeds=(0,))
     path, kept = Path("comparison/test/two-seed0.json"), read("two-seed0.json")
@@ -1013,7 +1050,16 @@ def test_sounds_that_cannot_be_compared(listen, base):
         ({"held": "heard"}, "heard: 16 of 16 held-out examples are trained on in heard, such as .*: name others"),
         ({"data": "emoji:8", "held": None}, "emoji:8 holds no sounds, which one is of: name some by --data"),
         ({"size": 16}, "size 16 is the side of pictures, and these recipes hear sounds: leave it out"),
-        ({"trials": 2}, "trials 2: they choose a strength of guidance"),
+        (
+            {"trials": 2},
+            "trials choose by 'fit_retrieval_pixel_at_10', which is no score of sounds: name, by --choose-by, some of fit_at_1,"
+            " fit_exact, fit_word_errors, held_at_1, held_exact, held_word_errors, made_at_1$",
+        ),
+        (
+            {"trials": 2, "choose_by": ("held_exact", "held_word_errors")},
+            "trials choose by the mean of held_exact, held_word_errors: name at least one score, all higher or all lower",
+        ),
+        ({"choose_by": ("held_exact",)}, "choose_by held_exact: one trial leaves nothing to choose; give more trials"),
         ({"evaluation": {"max_drawn": 3}}, "suite 'sounds' has no setting 'max_drawn'"),
         ({"evaluation": {"held": "heard"}}, "the setting 'held' of the evaluation is the comparison's own"),
     ):
@@ -1022,6 +1068,47 @@ def test_sounds_that_cannot_be_compared(listen, base):
     with pytest.raises(XFusionError, match="heard holds no pictures, which one is of"):
         listen({"one": tiny(base)}, held=None)
     assert not Path("comparison").exists() and not Path("runs").exists(), "nothing was trained or written"
+
+
+def held_parts(folder):
+    """Sounds of which some are of the validation part, and others not."""
+    levels(folder, [sign * percent for sign in (-1, 1) for percent in range(52, 90, 5)])
+    parts = {part_of(example.group) for example in open_source(str(folder)).examples}
+    assert parts == {"validation", "test"}
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "factor"), [("held_exact", (0.1, 0.7, 0.3), 0.5), ("held_word_errors", (0.9, 1.7, 0.3), 2.0)]
+)
+def test_trials_of_sounds_choose_by_a_named_score(listen, base, scored, tmp_path, name, values, factor):
+    """The highest share, or the lowest rate of errors; no guidance is tried, and the table says by what was chosen."""
+    held_parts(tmp_path / "more")
+    scored(name, values)
+    table = listen({"one": hears(base)}, trials=3, samples=STEP, choose_by=(name,), held="more")
+    tried, run = read("one-trials.json"), read("one-seed0.json")
+    assert [trial["score"] for trial in tried["rates"]] == list(values) and tried["guidances"] == []
+    assert tried["chosen"] == {"rate_factor": factor, "guidance": None}
+    assert run["settings"]["tuning"] == {"trials": 3, "rate_factor": factor, "guidance": None, "choose_by": [name]}
+    assert run["scored"]["part"] == "test" and 0 < run["scores"]["num_held"] < 16
+    (note,) = [note for note in table["notes"] if note.startswith("3 rates")]
+    assert (
+        note.startswith(f"3 rates per recipe, chosen by {name} on the validation part") and f"times {factor:g}." in note
+    )
+    other = "held_at_1" if name == "held_exact" else "fit_word_errors"
+    with pytest.raises(XFusionError, match="was made with settings.tuning.choose_by"):
+        listen({"one": hears(base)}, trials=3, samples=STEP, choose_by=(other,), held="more")
+
+
+def test_trials_by_a_score_that_a_recipe_does_not_have(listen, base, tmp_path):
+    held_parts(tmp_path / "more")
+    with pytest.raises(
+        XFusionError,
+        match="trials choose by made_at_1, and one has none of these: name, by --choose-by, some of fit_at_1, fit_exact,"
+        " held_at_1, held_exact$",
+    ):
+        listen({"one": hears(base)}, trials=2, samples=STEP, choose_by=("made_at_1",), held="more")
+    table = listen({"one": hears(base)}, trials=2, samples=STEP, choose_by=("held_at_1",), held="more")
+    assert table["num_runs"] == 1
 
 
 def test_shares_of_sounds_keep_their_sounds(listen, base):

@@ -165,6 +165,11 @@ def test_bad_input_is_one_line(start):
         (("xfusio",), "did you mean 'xfusion'?"),
         (("mine.py:plain", "--seeds", "0"), "--seeds 0: at least 1"),
         (("mine.py:plain", "--trials", "7"), "trials 7: from 1"),
+        (
+            ("mine.py:plain", "--trials", "2", "--choose-by", "held_f1"),
+            "choose by 'held_f1', which is no score of pictures",
+        ),
+        (("mine.py:plain", "--choose-by", "held_caption_f1"), "choose_by held_caption_f1: one trial leaves nothing"),
         (("mine.py:plain", "--share", "half"), "--share: cannot read 'half'; see xfusion compare --help"),
         (("mine.py:plain", "--share", "2.0"), "shares [2.0]: above 0 and up to 1"),
         (("mine.py:plain", "--device", "abacus"), "device 'abacus' is not one of"),

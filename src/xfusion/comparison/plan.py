@@ -22,6 +22,8 @@ RATE_FACTORS = (1.0, 0.5, 2.0, 0.25, 4.0)
 """Factors for a recipe's own learning rate, in the order of the trials."""
 GUIDANCES = (3.0, 1.5, 1.0, 5.0, 2.0)
 """Guidance strengths, in the order of the trials."""
+CHOOSE_BY = ("fit_retrieval_pixel_at_10", "fit_caption_f1")
+"""Scores that decide the tuning where none are named."""
 TRIAL_SEED = 1_000_003
 """Seed of every trial run; test runs must not use it."""
 
@@ -39,9 +41,10 @@ class Plan:
     shares: tuple[float, ...] = (1.0,)
     """Shares of the pictures to train on; a smaller share is part of a larger one."""
     trials: int = 1
-    """Learning rates and guidance strengths to try per recipe on the validation part; 1 tunes nothing."""
-    choose_by: tuple[str, ...] = ("fit_retrieval_pixel_at_10", "fit_caption_f1")
-    """Scores whose mean on the validation part decides the tuning."""
+    """Learning rates to try per recipe on the validation part, and as many guidance strengths where it draws; 1 tunes nothing."""
+    choose_by: tuple[str, ...] = CHOOSE_BY
+    """Scores of `xfusion.comparison.table.SCORES`, all higher or all lower is better, whose mean on the validation part decides
+    the tuning; those that a recipe does not have are left out."""
     match_parameters: bool = False
     """Choose each mechanism's size so that it trains as many parameters as the first recipe."""
     backbone: str | None = None

@@ -29,6 +29,7 @@ from xfusion.comparison.cost import (
     trainable_parameters,
 )
 from xfusion.comparison.plan import (
+    CHOOSE_BY,
     GUIDANCES,
     RATE_FACTORS,
     TRIAL_SEED,
@@ -52,7 +53,7 @@ from xfusion.comparison.results import (
     seconds_trained,
     write_strip,
 )
-from xfusion.comparison.table import summarise
+from xfusion.comparison.table import SCORES, summarise
 from xfusion.data.sequence import XFusionError
 from xfusion.data.sources import Sounds, Source, open_source
 from xfusion.evaluation.machine import commit, machine
@@ -155,10 +156,7 @@ class _Comparison:
         refuse_unlike(entries, source is not None)
         self.modality = entries[0].recipe.model.modality
         check(self.modality.suite, dict(plan.evaluation) | ({} if encoder is None else {"encoder": encoder}))
-        if plan.trials > 1 and isinstance(self.modality, AudioModality.Config):
-            raise XFusionError(
-                f"trials {plan.trials}: they choose a strength of guidance, too, which sounds have none of: leave it at 1"
-            )
+        self._check_choice()
         base = entries[0].recipe.model.backbone
         self.progress("loading the base", 0, 1)
         self.backbone = backbone or Backbone.load(base.source, revision=base.revision, device=device)
@@ -172,11 +170,15 @@ class _Comparison:
             self.held = held_out(plan.held, self.source)
         if source is not None:
             entries = [replace(e, recipe=replace(e.recipe, data=source.spec)) for e in entries]
+        self.guided: set[str] = set()
+        """Labels of recipes whose drawings have a strength of guidance; sounds are made without."""
         for entry in entries:  # refuse a recipe that cannot be built before training another
             try:
-                build(entry.recipe.model, self.backbone)
+                model = build(entry.recipe.model, self.backbone)
             except XFusionError as error:
                 raise XFusionError(f"{entry.label}: {error}") from error
+            if "draw" in model.capabilities and isinstance(self.modality, ImageModality.Config):
+                self.guided.add(entry.label)
         self.entries = self._match_parameters(entries) if plan.match_parameters else entries
         self.parts = {share: share_of(self.source, share) for share in plan.shares}
         self.costs: dict[tuple[str, float], tuple[list[StageCost], dict[str, Any]]] = {}
@@ -204,6 +206,26 @@ class _Comparison:
             raise XFusionError(f"the setting {reserved[0]!r} of the evaluation is the comparison's own: leave it out")
         if plan.trials > 1 and "guidance" in plan.evaluation:
             raise XFusionError(f"guidance is tuned by {plan.trials} trials and also given: leave one out")
+
+    def _check_choice(self) -> None:
+        """Refuse scores that trials cannot choose by."""
+        trials, choose_by = self.plan.trials, self.plan.choose_by
+        if trials == 1:
+            if choose_by != CHOOSE_BY:
+                raise XFusionError(
+                    f"choose_by {', '.join(choose_by)}: one trial leaves nothing to choose; give more trials"
+                )
+            return
+        known = [name for name, score in SCORES.items() if score.media == self.modality.media]
+        if unknown := [name for name in choose_by if name not in known]:
+            raise XFusionError(
+                f"trials choose by {unknown[0]!r}, which is no score of {self.modality.media}: name, by --choose-by, some of"
+                f" {', '.join(known)}"
+            )
+        if len({SCORES[name].better for name in choose_by}) != 1:
+            raise XFusionError(
+                f"trials choose by the mean of {', '.join(choose_by)}: name at least one score, all higher or all lower is better"
+            )
 
     # -- equal parameters, equal budget
 
@@ -486,6 +508,7 @@ class _Comparison:
         plan, trials = self.plan, self.plan.trials
         if trials == 1:
             return {"trials": 1, "rate_factor": 1.0, "guidance": plan.evaluation.get("guidance")}
+        best = max if SCORES[plan.choose_by[0]].better == "higher" else min
         path, share = self.out / f"{entry.label}-trials.json", max(plan.shares)
         recipe, budget = self.planned[entry.label, share]
         expected = portable(
@@ -500,7 +523,7 @@ class _Comparison:
         if path.exists():
             content = read_json(path)
             refuse_changed(path, {k: content.get(k) for k in expected}, expected)
-        factors, guidances = RATE_FACTORS[:trials], GUIDANCES[:trials]
+        factors, guidances = RATE_FACTORS[:trials], GUIDANCES[:trials] if entry.label in self.guided else ()
         common: dict[str, Any] = {"seed": TRIAL_SEED * SEEDS_APART, "part": "validation"}
         for number, factor in enumerate(factors[len(content["rates"]) :], start=len(content["rates"]) + 1):
             title = f"{entry.label}: trial {number} of {trials}"
@@ -512,14 +535,14 @@ class _Comparison:
                 result = {"score": None, "diverged": str(error).partition(":")[0]}
             else:
                 scores = self._evaluate(model, self.parts[share], title, **common)
-                result = {"score": self._trial_score(scores), "scores": finite_scores(scores)}
+                result = {"score": self._trial_score(entry, scores), "scores": finite_scores(scores)}
             content["rates"].append({"factor": factor, **result})
             write_json(path, content)
         if not (finite := [trial for trial in content["rates"] if trial["score"] is not None]):
             raise Diverged(f"the loss was not finite at any of {trials} rates")
         # Among equals the first is chosen, and the recipe's own rate comes first.
-        factor = max(finite, key=lambda trial: trial["score"])["factor"]
-        if len(content["guidances"]) < trials:
+        factor = best(finite, key=lambda trial: trial["score"])["factor"]
+        if len(content["guidances"]) < len(guidances):
             title = f"{entry.label}: guidance"
             model = self._train(
                 _at_rate(recipe, factor, TRIAL_SEED), self.parts[share], self._trial_folder(entry, factor), title
@@ -528,25 +551,30 @@ class _Comparison:
                 scores = self._evaluate(model, self.parts[share], title, guidance=guidance, **common)
                 trial_result = {
                     "guidance": guidance,
-                    "score": self._trial_score(scores),
+                    "score": self._trial_score(entry, scores),
                     "scores": finite_scores(scores),
                 }
                 content["guidances"].append(trial_result)
                 write_json(path, content)
-        guidance = max(content["guidances"], key=lambda trial: trial["score"])["guidance"]
+        guidance = best(content["guidances"], key=lambda trial: trial["score"])["guidance"] if guidances else None
         content["chosen"] = {"rate_factor": factor, "guidance": guidance}
         write_json(path, content)
         for tried_factor in factors:
             shutil.rmtree(self._trial_folder(entry, tried_factor), ignore_errors=True)
-        return {"trials": trials, **content["chosen"]}
+        choice = {} if plan.choose_by == CHOOSE_BY else {"choose_by": list(plan.choose_by)}
+        return {"trials": trials, **content["chosen"], **choice}
 
     def _trial_folder(self, entry: Entry, factor: float) -> Path:
         return self.work / f"{entry.label}-trial-rate{factor:g}"
 
-    def _trial_score(self, scores: dict[str, Any]) -> float:
-        values = [scores[name] for name in self.plan.choose_by if isinstance(scores.get(name), (int, float))]
+    def _trial_score(self, entry: Entry, scores: dict[str, Any]) -> float:
+        measured = [name for name in SCORES if isinstance(scores.get(name), (int, float))]
+        values = [scores[name] for name in self.plan.choose_by if name in measured]
         if not values:
-            raise XFusionError(f"trials choose by {', '.join(self.plan.choose_by)}, and none of these was measured")
+            raise XFusionError(
+                f"trials choose by {', '.join(self.plan.choose_by)}, and {entry.label} has none of these: name, by --choose-by,"
+                f" some of {', '.join(measured)}"
+            )
         return sum(values) / len(values)
 
     # -- one run

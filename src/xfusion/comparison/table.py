@@ -19,10 +19,12 @@ from xfusion.storage import read_json
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Title of a score, and which direction is better."""
+    """Title of a score, which direction is better, and what the suite that measures it scores."""
 
     title: str
     better: Literal["higher", "lower"] = "higher"
+    media: Literal["pictures", "sounds"] | None = "pictures"
+    """As `Modality.Config.media`; None is beside any suite, so that trials cannot choose by it."""
 
 
 SCORES: dict[str, Score] = {
@@ -43,12 +45,16 @@ SCORES: dict[str, Score] = {
     "held_match_at_1": Score(title="naming, unseen pictures: true name first by the matching head, R@1"),
     "held_caption_exact": Score(title="naming, unseen pictures: exact answer"),
     "held_caption_f1": Score(title="naming, unseen pictures: token F1"),
-    "fit_at_1": Score(title="naming, trained sounds: true name first, R@1"),
-    "fit_exact": Score(title="naming, trained sounds: exact answer"),
-    "held_at_1": Score(title="naming, unheard sounds: true name first, R@1"),
-    "held_exact": Score(title="naming, unheard sounds: exact answer"),
-    "made_at_1": Score(title="saying codes: nearest to those of the asked word, R@1"),
-    "text_perplexity_change": Score(title="text: perplexity of the fused stack minus the base's", better="lower"),
+    "fit_at_1": Score(title="naming, trained sounds: true name first, R@1", media="sounds"),
+    "fit_exact": Score(title="naming, trained sounds: exact answer", media="sounds"),
+    "fit_word_errors": Score(title="transcribing, trained sentences: word error rate", better="lower", media="sounds"),
+    "held_at_1": Score(title="naming, unheard sounds: true name first, R@1", media="sounds"),
+    "held_exact": Score(title="naming, unheard sounds: exact answer", media="sounds"),
+    "held_word_errors": Score(title="transcribing, unheard sentences: word error rate", better="lower", media="sounds"),
+    "made_at_1": Score(title="saying codes: nearest to those of the asked word, R@1", media="sounds"),
+    "text_perplexity_change": Score(
+        title="text: perplexity of the fused stack minus the base's", better="lower", media=None
+    ),
 }
 """The scores that recipes are compared by. The files also have a suite's other numbers (chance, ceiling, blind rates)."""
 SHARED_BUDGET = ("kind", "asked_samples")
@@ -64,6 +70,7 @@ SHARED_SETTINGS = (
     "evaluation",
     "part",
     "tuning.trials",
+    "tuning.choose_by",
     "dtype",
 )
 """Settings that all runs of a comparison share."""
@@ -356,12 +363,16 @@ def _notes(summary: Mapping[str, Any], runs: Sequence[dict[str, Any]]) -> list[s
             "Rate and guidance are each recipe's own: nothing was tuned, so that a verdict holds at one rate each (untuned)."
         )
     else:
+        guidances = {row["recipe"]: row["tuning"]["guidance"] for row in summary["cost"]}
         tuning_list = "; ".join(
-            f"{row['recipe']}: rate times {row['tuning']['rate_factor']:g}, guidance {row['tuning']['guidance']:g}"
+            f"{row['recipe']}: rate times {row['tuning']['rate_factor']:g}"
+            + (f", guidance {guidances[row['recipe']]:g}" if guidances[row["recipe"]] is not None else "")
             for row in summary["cost"]
         )
+        guided = f" and {tuning['trials']} strengths of guidance" if set(guidances.values()) != {None} else ""
+        by = f" by {', '.join(tuning['choose_by'])}" if "choose_by" in tuning else ""
         notes.append(
-            f"{tuning['trials']} rates and {tuning['trials']} strengths of guidance per recipe, chosen on the validation part"
+            f"{tuning['trials']} rates{guided} per recipe, chosen{by} on the validation part"
             f" (seed {TRIAL_SEED}, groups that are in no test score): {tuning_list}."
         )
     fewest = min(len([r for r in runs if r["recipe"] == label]) for label in summary["recipes"])

@@ -46,7 +46,11 @@ class Compare(Verb):
     share: Annotated[tuple[float, ...], tyro.conf.arg(metavar="SHARE...")] = (1.0,)
     """Fractions of the data to train on, such as 0.1 0.3 1.0, to see how much data a recipe needs."""
     trials: int = 1
-    """Learning rates and guidance values tried per recipe on the validation part; 1 tunes nothing, and the page says so."""
+    """Learning rates tried per recipe on the validation part, and as many guidance values where it draws; 1 tunes nothing, and
+    the page says so."""
+    choose_by: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SCORE...")] = ()
+    """Scores whose mean on the validation part decides the trials, such as held_caption_mrr or held_word_errors; none is
+    fit_retrieval_pixel_at_10 and fit_caption_f1."""
     match_parameters: bool = False
     """Choose for every mechanism the size that trains as many parameters as the first recipe, within 2 %."""
     draw: int | None = None
@@ -65,6 +69,7 @@ class Compare(Verb):
     def run(self, console: Console) -> Answer:
         from xfusion.apps import comparison_page
         from xfusion.comparison import Plan, compare, summarise
+        from xfusion.comparison.plan import CHOOSE_BY
         from xfusion.training.loop import Interrupted
 
         out = self.folder()
@@ -91,6 +96,7 @@ class Compare(Verb):
                 evaluation=dict(read_setting(text) for text in self.set),
                 measure_time=self.measure_time,
                 compile=self.compile,
+                choose_by=self.choose_by or CHOOSE_BY,
             )
             device = choose_device(self.device)
             try:
