@@ -111,7 +111,7 @@ def _compare(line: str) -> str:
     planned = [with_plan(recipe, plan).stages for recipe in recipes]
     earlier = (sum(stage.steps * samples_per_step(stage) for stage in stages[:-1]) for stages in planned)
     samples = max(earlier) + math.lcm(*(samples_per_step(stages[-1]) for stages in planned))
-    of_sounds = " --data digits" in line
+    of_sounds = re.search(r" --data (?:digits|speech)/", line)
     scored = (
         {} if re.search(r" --set \w+=", line) else dict.fromkeys(_SCORES["sounds" if of_sounds else "emoji"], SCORED)
     )

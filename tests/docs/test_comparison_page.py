@@ -167,6 +167,13 @@ def test_new_folders_appear_by_themselves(tmp_path):
     assert heard["text"] == "perplexity +2.0<br>regime: LoRA"
     assert heard["comparison"] == "[sounds](#sounds)<br>**one run**"
     assert new["names"] == "0.25 (one run)<br>**unseen**, `held_new`" and new["text"].startswith("not measured")
+    sound["scores"] |= {
+        "held_word_errors": 0.5,
+        "held_word_errors_blind": 1.25,
+    }  # of sentences, of which few are all right
+    write(tmp_path / "speech", [sound], "xfusion compare 'heard=slm(stride=2)' --samples 10")
+    (heard,) = table("\n".join(overview.overview([tmp_path / "speech"])).replace("\u00a0", " "))
+    assert heard["names"] == "0.50 (one run)<br>**unseen**, word errors, blind 1.25"
 
 
 @pytest.mark.parametrize(

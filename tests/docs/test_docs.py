@@ -378,6 +378,7 @@ def heard(tmp_path_factory, assets, hub_of_documents):
 
 SUBSETS = {
     "fsdd_train.parquet": ("audio", 200),
+    "asterisk_en_train.parquet": ("audio", 200),
     "nlvr_dev.parquet": ("images", 600),
     "clothing_160_train.parquet": ("images", 4000),
 }
