@@ -603,11 +603,11 @@ def test_show_a_pack(run, here, pack):
 
 def test_show_tells_the_memory_on_a_base_that_is_not_here(run):
     """Frozen weights in bfloat16; new ones, their gradients, both moments and the average in float32."""
-    shown = run("show", "xfusion", "--backbone", "Llama-3.2-1B", "--json").json
+    ran = run("show", "xfusion", "--backbone", "Llama-3.2-1B", "--json")
+    shown, text = ran.json, ran.err
     assert shown["frozen_parameters"] == 1_235_814_400 and shown["new_parameters"] == 46_686_400
     assert shown["memory"]["base"] == 2 * 1_235_814_400
     assert shown["memory"]["total"] == 2 * 1_235_814_400 + 5 * 4 * 46_686_400
-    text = run("show", "xfusion", "--backbone", "Llama-3.2-1B").out
     assert "3.4 GB: 2.5 GB base in bfloat16, 933.7 MB new weights, gradients, optimiser and average" in text
     results = Path(__file__).parents[2] / "benchmarks" / "results" / "bench.json"
     measured = json.loads(results.read_text())["activation_checkpointing"]["full_tower"]

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map
 
 from xfusion.backbone import Backbone
 
@@ -103,7 +102,7 @@ class _Moves(TorchDispatchMode):
 
 def _dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """The operation on the real tensors; its results lie where its tensors do, or where it was told to put them."""
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    tensors = [*_tensors(args), *_tensors(tuple(kwargs.values()))]
     there = any(isinstance(t, Elsewhere) for t in tensors)
     if there and func not in _ACROSS:
         here = [tuple(t.shape) for t in tensors if not isinstance(t, Elsewhere) and t.ndim]
@@ -113,15 +112,34 @@ def _dispatched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = {**kwargs, "device": "cpu", **({"pin_memory": False} if "pin_memory" in kwargs else {})}
     if func is torch.ops.aten.copy_.default:
         there = isinstance(args[0], Elsewhere)
-    results = func(*tree_map(_content, args), **tree_map(_content, kwargs))
+    results = func(*_content(args), **{name: _content(value) for name, value in kwargs.items()})
     if not there:
         return results
-    results = tree_map(lambda t: Elsewhere(t) if isinstance(t, Tensor) else t, results)
+    results = _elsewhere(results)
     return return_and_correct_aliasing(func, args, kwargs, results)
 
 
+# By hand: of an operation on tiny tensors, torch's own walks through its arguments are most of the time.
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
 def _content(value: Any) -> Any:
-    return value.content if isinstance(value, Elsewhere) else value
+    if isinstance(value, Elsewhere):
+        return value.content
+    return type(value)(map(_content, value)) if type(value) in (list, tuple) else value
+
+
+def _elsewhere(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return Elsewhere(value)
+    return type(value)(map(_elsewhere, value)) if type(value) in (list, tuple) else value
 
 
 class _AtOnce:
