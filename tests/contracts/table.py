@@ -318,6 +318,11 @@ class Bases(dict[str, Backbone]):
         self.before[family] = base.compute_fingerprint()
         return base
 
+    def check(self) -> None:
+        """Nothing changed a base, nor a copy of one in float64."""
+        assert {family: base.compute_fingerprint() for family, base in self.items()} == self.before
+        assert all(base.compute_fingerprint() == before for base, before in _IN_FLOAT64.values())
+
 
 def model_config(base: Backbone, fusion: str = "dual tower", **media: object) -> ModelConfig:
     """A model of 16 px pictures in 16 tokens."""
@@ -523,10 +528,21 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+_IN_FLOAT64: dict[str, tuple[Backbone, str]] = {}
+"""By source: a base in float64, and its fingerprint when it was loaded."""
+
+
+def float64_base(base: Backbone) -> Backbone:
+    """The base in float64, loaded once for all tests."""
+    if base.source not in _IN_FLOAT64:
+        loaded = Backbone.load(base.source, dtype=torch.float64)
+        _IN_FLOAT64[base.source] = loaded, loaded.compute_fingerprint()
+    return _IN_FLOAT64[base.source][0]
+
+
 def float64_model(base: Backbone, fusion: str) -> Model:
     """A model whose base and new weights are float64."""
-    model = make_model(Backbone.load(base.source, dtype=torch.float64), fusion)
-    return model.double()
+    return make_model(float64_base(base), fusion).double()
 
 
 # -------------------------------------------------------------------------------------------------------------- data

@@ -16,6 +16,7 @@ from contracts.table import (
     WIDTH,
     distance,
     exact,
+    float64_base,
     look,
     mixed_sequences,
     model_config,
@@ -147,7 +148,7 @@ def test_a_noise_level_inside_blocks_is_its_equation(
     """DiT's block in naive float64, behind every layer, on the fast and on the reference path."""
     fusion, time, layers, equation = EQUATIONS[name]
     with exact(monkeypatch):
-        exactly = Backbone.load(bases["llama"].source, dtype=torch.float64)
+        exactly = float64_base(bases["llama"])
         model = Model(config_of(exactly, fusion, time), exactly)
         randomise(model)
         model.double().eval()

@@ -26,6 +26,7 @@ from contracts.table import (
     Noise,
     distance,
     exact,
+    float64_base,
     look,
     mixed_sequences,
     model_config,
@@ -65,7 +66,7 @@ PLAIN_FAMILIES = ("llama", "qwen3", "gemma3")
 @pytest.fixture(scope="module")
 def wide(bases: dict[str, Backbone]) -> dict[str, Backbone]:
     """The bases in float64."""
-    return {name: Backbone.load(bases[name].source, dtype=torch.float64) for name in PLAIN_FAMILIES}
+    return {name: float64_base(bases[name]) for name in PLAIN_FAMILIES}
 
 
 def built(base: Backbone, fusion: Fusion.Config, *, randomised: bool = True) -> Model:

@@ -11,6 +11,7 @@ from contracts.table import (
     Noise,
     distance,
     exact,
+    float64_base,
     look,
     mixed_sequences,
     model_config,
@@ -49,7 +50,7 @@ def lora_model(base, name, *, by=0.1):
 
 
 def in_float64(base, name):
-    return lora_model(Backbone.load(base.source, dtype=torch.float64), name).double()
+    return lora_model(float64_base(base), name).double()
 
 
 @pytest.mark.parametrize("name", WRAPPED)

@@ -14,6 +14,7 @@ from contracts.table import (
     corrupted,
     distance,
     exact,
+    float64_base,
     look,
     mixed_sequences,
     model_config,
@@ -25,7 +26,6 @@ from contracts.test_paths import FLOAT64, incremental
 from diffusers.models.embeddings import get_timestep_embedding
 
 import xfusion
-from xfusion.backbone import Backbone
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Sequence, Text, XFusionError
@@ -46,7 +46,7 @@ MODULATED = ("dual tower", "dual tower, strided", "single tower", "gated tower",
 
 
 def make(base, fusion="dual tower", *, time="modulate", randomised=True, exactly=False, **image):
-    base = Backbone.load(base.source, dtype=torch.float64) if exactly else base
+    base = float64_base(base) if exactly else base
     config = model_config(base, fusion)
     config = replace(config, port=replace(config.port, time=time), image=replace(config.image, **image))
     model = Model(replace(config, media=FlowMatching.Config(prediction="velocity")), base)

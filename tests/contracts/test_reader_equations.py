@@ -12,6 +12,7 @@ from contracts.table import (
     SIDE,
     Noise,
     exact,
+    float64_base,
     float64_model,
     look,
     make_model,
@@ -28,7 +29,6 @@ from torch import nn
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from xfusion.backbone import Backbone
 from xfusion.data.mixture import Mixture, MixtureConfig
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Sequence, Text, XFusionError
@@ -373,7 +373,7 @@ def test_a_tuned_layer_is_its_equation(bases, fusion, monkeypatch):
     """
     config = READERS["llama-adapter 2"]
     config = config if fusion == "early" else replace(config, picture="added")
-    base = Backbone.load(bases["llama"].source, dtype=torch.float64)
+    base = float64_base(bases["llama"])
     model = Model(replace(model_config(base, "llama-adapter 2"), fusion=config), base)
     randomise(model, by=0.3)
     model, sequence = model.double().eval(), SEQUENCES["words around picture"]

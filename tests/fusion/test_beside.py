@@ -7,6 +7,7 @@ import torch
 from contracts.table import (
     BASES,
     exact,
+    float64_base,
     look,
     mixed_sequences,
     model_config,
@@ -18,7 +19,6 @@ from contracts.table import (
 from contracts.test_paths import paths_agree
 from contracts.test_text import state_of, text_batches
 
-from xfusion.backbone import Backbone
 from xfusion.data.sequence import Sequence, XFusionError
 from xfusion.fusion.beside import Beside
 from xfusion.model import Model
@@ -36,7 +36,7 @@ def make(base, by=0.1):
 @torch.no_grad()
 def test_fast_whole_packed_and_cached_say_the_same(bases, family, monkeypatch):
     with exact(monkeypatch):
-        paths_agree(make(Backbone.load(bases[family].source, dtype=torch.float64)).double(), monkeypatch)
+        paths_agree(make(float64_base(bases[family])).double(), monkeypatch)
 
 
 @pytest.mark.parametrize("family", BASES)

@@ -11,6 +11,7 @@ from contracts.table import (
     SIDE,
     Noise,
     exact,
+    float64_base,
     look,
     mixed_sequences,
     model_config,
@@ -42,7 +43,6 @@ from transformers.models.lxmert.modeling_lxmert import LxmertLayer, LxmertVisual
 from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioMultiModalProjector
 
 import xfusion
-from xfusion.backbone import Backbone
 from xfusion.data.mixture import MixtureConfig
 from xfusion.data.pack import pack
 from xfusion.data.sequence import Media, Sequence, XFusionError
@@ -77,7 +77,7 @@ CONNECTORS = {
 
 
 def make(base, name, *, randomised=True, exactly=False):
-    base = Backbone.load(base.source, dtype=torch.float64) if exactly else base
+    base = float64_base(base) if exactly else base
     text = NextToken.Config(weight=1.0)
     config = replace(model_config(base, "prefix"), port=CONNECTORS[name], media=NoObjective.Config(), text=text)
     model = Model(config, base)

@@ -3,7 +3,18 @@
 import numpy
 import pytest
 import torch
-from contracts.table import ROWS, SIDE, TOKEN_WIDTH, Noise, make_model, model_config, picture, randomise, words
+from contracts.table import (
+    ROWS,
+    SIDE,
+    TOKEN_WIDTH,
+    Noise,
+    float64_base,
+    make_model,
+    model_config,
+    picture,
+    randomise,
+    words,
+)
 from PIL import Image as PILImage
 
 import xfusion
@@ -84,7 +95,7 @@ SENSITIVE = (("wide tower", "gpt2"), ("wide tower, adaln single", "gpt2"))
 
 def exactly(base, fusion, monkeypatch):
     """A model in float64, that reads the media of its passes in float64, too."""
-    run_pass, model = Model.run_pass, make_model(Backbone.load(base.source, dtype=torch.float64), fusion, **VELOCITY)
+    run_pass, model = Model.run_pass, make_model(float64_base(base), fusion, **VELOCITY)
 
     def widened(self, batch, **settings):
         for name, media in batch.media.items():

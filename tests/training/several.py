@@ -1,5 +1,6 @@
 """Runs functions in several processes of this machine that are imported once: forked, each with its rank."""
 
+import gc
 import importlib
 import os
 import random
@@ -462,7 +463,10 @@ def compiled(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    for module in ("torch.distributed.checkpoint", "xfusion.training.sharding"):
-        importlib.import_module(module)  # here and not in each of the processes that are forked
+    # Here and not in each of the processes that are forked; nor need they look over what is imported, page by page.
+    for module in ("torch.distributed.checkpoint", "torch.utils.tensorboard", "xfusion.training.sharding"):
+        importlib.import_module(module)
+    gc.collect()
+    gc.freeze()
     works = (often, divided, killed, killed_writing, resumed, unreadable, compiled)
     {f.__name__: f for f in works}[sys.argv[2]](Path(sys.argv[1]))

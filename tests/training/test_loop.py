@@ -635,12 +635,12 @@ def test_a_budget_is_planned_once_steps_get_no_faster(bases, tmp_path, monkeypat
 
 @pytest.mark.parametrize("seconds", [3, 30])
 def test_a_budget_is_used_up_whatever_its_previews_take(bases, tmp_path, monkeypatch, seconds):
-    """Five minutes of steps of a second behind twenty that compile, with a preview a minute."""
+    """Five minutes of steps of two seconds behind twenty that compile, with a preview a minute."""
 
     class Compiling(Clock):
         def __call__(self, event):
             if event["event"] == "step":
-                self.now += 1.0 if event["step"] else 20.0
+                self.now += 2.0 if event["step"] else 20.0
 
     clock = told_by(Compiling(), monkeypatch)
 
@@ -653,7 +653,7 @@ def test_a_budget_is_used_up_whatever_its_previews_take(bases, tmp_path, monkeyp
     few = recipe(bases["llama"], mixture=FEW)
     train(bases["llama"], tmp_path, recipe_=few, minutes=5, listener=clock, preview_every=60)
     (plan,) = log(tmp_path, "plan")
-    assert plan["seconds_per_step"] == pytest.approx(1)
+    assert plan["seconds_per_step"] == pytest.approx(2)
     assert 300 - seconds <= clock.now - seconds <= 300 + seconds, "the last preview comes behind the budget"
 
 
