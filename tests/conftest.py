@@ -27,19 +27,26 @@ def pytest_report_header() -> str:
 
 
 LONGEST = (
-    "contracts/test_paths.py",
-    "apps/test_serve.py",
-    "training/test_processes.py",
-    "apps/test_web.py",
-    "test_comparison.py",
-    "apps/test_cli.py",
-    "contracts/test_packs.py",
-    "recipes/test_sounds.py",
     "training/test_loop.py",
+    "test_comparison.py",
+    "contracts/test_paths.py",
+    "training/test_processes.py",
+    "contracts/test_readers.py",
+    "generation/test_words.py",
+    "apps/test_serve.py",
     "docs/test_docs.py",
+    "contracts/test_packs.py",
+    "apps/test_cli.py",
+    "recipes/test_every_recipe.py",
+    "data/test_latents.py",
+    "contracts/test_equations.py",
+    "contracts/test_device.py",
+    "contracts/test_text.py",
+    "recipes/test_reading.py",
+    "apps/test_web.py",
     "training/test_unreadable.py",
 )
-"""Files that take longest."""
+"""Files that take longest, by processor time where they do not wait."""
 
 
 def pytest_collection_modifyitems(items):

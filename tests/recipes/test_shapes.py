@@ -28,7 +28,7 @@ ALL = (*names(), "xfusion.recipes.mot:from_scratch")
     "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.full) for name in ALL if name not in QUICK)]
 )
 def test_a_recipe_is_shown_on_a_shape(name, monkeypatch):
-    layers = 10 if name in QUICK else 30  # of 30 costs are counted for ten seconds
+    layers = 4 if name in QUICK else 30  # of 30 costs are counted for ten seconds
     monkeypatch.setitem(backbone.SHAPES, "small", SHAPE | {"num_hidden_layers": layers})
     shown = Show(name=name, backbone="small").run(Console(quiet=True))
     assert shown.data["new_parameters"] > 0 and f"{name} on the shape of small" in shown.text
