@@ -33,7 +33,7 @@ from xfusion.data.sequence import Batch, XFusionError
 from xfusion.data.sources import Source, stated_licence
 from xfusion.modalities.image import ImageModality
 from xfusion.model import Model
-from xfusion.training import outputs, resuming, setup, states, summary
+from xfusion.training import outputs, resuming, setup, states, summary, trackers
 from xfusion.training.memory import keep_freed_memory
 from xfusion.training.optimizer import Optimizer
 from xfusion.training.pace import FEW_STEPS, LARGE_PREVIEWS, SMALL_STEP, WARM_STEPS, Graphs, Pace
@@ -77,6 +77,7 @@ def train(
     shard: Shard = "none",
     patience: float = 30.0,
     decoders: int | None = None,
+    track: tuple[str, ...] = (),
     command: str | None = None,
     console: Console | None = None,
     listener: Listener | None = None,
@@ -111,6 +112,7 @@ def train(
         patience: minutes that a process waits for another between two steps or within one; it is then lost, as if it had died.
             A preview or a state must not take longer. Before the first step they wait for hours.
         decoders: threads per process that read and decode pictures; None uses four, or one per core if there are fewer.
+        track: the trackers that curves and previews are copied to, of wandb and trackio.
         command: how the run was asked for, recorded in the pack and on its card; a resumed run keeps the first one.
         console: where to show progress; None is silent.
         listener: called with every event.
@@ -146,6 +148,7 @@ def train(
         shard=shard,
         patience=patience,
         decoders=decoders,
+        track=track,
         command=command,
         console=console,
         listener=listener,
@@ -247,7 +250,10 @@ class _Run:
         destination = (self.out, settings.console) if processes.is_first else (None, None)
         with processes.first_alone():
             self.track = Track(*destination, settings.listener, self.progress.step, self.left_out.state_dict())
-        self.exit_stack.callback(self.track.close)
+            self.exit_stack.callback(self.track.close)
+            if processes.is_first:
+                facts = {"recipe": checkpoint.to_json(self.recipe), "command": self.command}
+                self.track.trackers = trackers.start(settings.track, self.out, facts, resume=settings.resume)
         keeps_memory = processes.device.type == "cpu" and keep_freed_memory()
         sharded_base = None if sharding is None else sharding.backbone
         self.engine = model.training_engine(dtype, reason, self.attention, settings.compile, sharded_base)

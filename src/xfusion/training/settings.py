@@ -17,6 +17,7 @@ from xfusion.data.sources import Source
 from xfusion.training.processes import Shard
 from xfusion.training.stages import Recipe
 from xfusion.training.track import Listener
+from xfusion.training.trackers import library
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,6 +53,8 @@ class Settings:
     """Minutes."""
     decoders: int | None
     """Threads that decode pictures; None uses the default number."""
+    track: tuple[str, ...]
+    """Names of `xfusion.training.trackers`."""
     command: str | None
     console: Console | None
     listener: Listener | None
@@ -74,3 +77,5 @@ class Settings:
             raise XFusionError(f"decoders is {self.decoders}: at least 1 thread decodes")
         if self.shard not in get_args(Shard):
             raise XFusionError(f"shard {self.shard!r} is not one of {', '.join(get_args(Shard))}")
+        for name in self.track:
+            library(name)

@@ -1,11 +1,13 @@
-"""Reports the events of a run: as JSON lines, to TensorBoard if it is installed, in a progress bar, and to a listener."""
+"""Reports the events of a run: as JSON lines, to TensorBoard if it is installed, to the `trackers` that were asked for, in a
+progress bar, and to a listener.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from xfusion.data.sequence import XFusionError
 from xfusion.storage import atomic_file, named_in_errors
+from xfusion.training.trackers import Tracker
 
 Event = dict[str, Any]
 """An event of a run as JSON types. ``event`` names its kind: start, changed, plan, step, skipped, preview,
@@ -45,6 +48,8 @@ class Track:
         left_out: Container[str] = (),
     ):
         self.console, self.listener = console, listener
+        self.trackers: Sequence[Tracker] = ()
+        """What else curves and previews are copied to; each is closed with the log."""
         self.failure: XFusionError | None = None
         """The first error while writing an event; the caller checks it and stops the run."""
         self.tensorboard: Any = None
@@ -144,21 +149,26 @@ class Track:
             self.bar.update(
                 self.bar_task, completed=event["step"] + 1, text=f"{text} | {event['samples_per_second']:.0f} samples/s"
             )
-        if self.tensorboard and event["step"] % 10 == 0:
-            for name, value in losses.items():
-                self.tensorboard.add_scalar(f"loss/{name}", value, event["step"])
-            self.tensorboard.add_scalar("rate", event["rate"], event["step"])
-            self.tensorboard.add_scalar("samples_per_second", event["samples_per_second"], event["step"])
+        if event["step"] % 10 == 0:
+            values = {f"loss/{name}": value for name, value in losses.items()}
+            values |= {name: event[name] for name in ("rate", "samples_per_second")}
+            if self.tensorboard:
+                for name, value in values.items():
+                    self.tensorboard.add_scalar(name, value, event["step"])
+            for tracker in self.trackers:
+                tracker.log(values, event["step"])
 
     def image(self, picture: Any, step: int) -> None:
-        """Write a preview, a PIL image, to TensorBoard."""
+        """Write a preview, a PIL image, to TensorBoard and the trackers."""
         if self.tensorboard:
             import numpy
 
             self.tensorboard.add_image("preview", numpy.asarray(picture), step, dataformats="HWC")
+        for tracker in self.trackers:
+            tracker.image(picture, step)
 
     def close(self) -> None:
-        """Stop the bar and close all files."""
+        """Stop the bar, and close all files and trackers."""
         if self.bar:
             self.bar.stop()
         with contextlib.suppress(OSError):  # each line was flushed: an error here was reported when it was written
@@ -167,6 +177,8 @@ class Track:
         with contextlib.suppress(OSError):
             if self.file:
                 self.file.close()
+        for tracker in self.trackers:
+            tracker.close()
 
 
 def _is_current(line: str, resume_at: int, left_out: Container[str]) -> bool:

@@ -73,6 +73,9 @@ class Train(Verb):
     a preview or a state must not take longer."""
     decoders: int | None = None
     """Threads per process that read and decode pictures; None means four, or the number of cores."""
+    track: Annotated[tuple[Literal["wandb", "trackio"], ...], tyro.conf.arg(metavar="TRACKER...")] = ()
+    """Copy curves and previews to wandb, trackio or both, which must be installed; log.jsonl and TensorBoard are written
+    anyway. WANDB_PROJECT or TRACKIO_PROJECT names the project, else xfusion."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
     attention: str | None = None
@@ -107,6 +110,7 @@ class Train(Verb):
             shard=self.shard,
             patience=self.patience,
             decoders=self.decoders,
+            track=self.track,
             command=self.command,
             console=console,
             listener=run_listener,
