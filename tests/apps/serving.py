@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from contracts.table import make_base, make_model, model_config, randomise
 
 from xfusion.apps.server import app
+from xfusion.apps.server.batches import Continue, Words
 from xfusion.apps.server.limits import Limits
 from xfusion.apps.server.stopping import Server
 from xfusion.backbone import Backbone
@@ -69,6 +70,12 @@ def opens_always(model):
         yield
     finally:
         model.opening = None
+
+
+def wrap_runs(monkeypatch, wrap):
+    """Wrap the computation of a batch, of words alone or not: ``wrap`` is given the function and returns another."""
+    for kind in (Continue, Words):
+        monkeypatch.setattr(kind, "run", wrap(kind.run))
 
 
 @contextlib.contextmanager

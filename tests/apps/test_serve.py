@@ -43,6 +43,7 @@ from apps.serving import (
     png,
     running,
     tiny_models,
+    wrap_runs,
 )
 from apps.test_cli import start
 from contracts.table import SIDE, SOUND_RATE, Noise, hearing_model, make_model, opening_head
@@ -51,11 +52,11 @@ import xfusion
 from xfusion.apps import cli
 from xfusion.apps.server import batches, reading, requests, tickets
 from xfusion.apps.server.answers import Refused
-from xfusion.apps.server.batches import Batches, Continue, Job
+from xfusion.apps.server.batches import Batches, Continue, Job, Words
 from xfusion.apps.server.limits import Limits
 from xfusion.apps.server.names import own_names
 from xfusion.composition import together
-from xfusion.data.sequence import Sound, XFusionError
+from xfusion.data.sequence import Sound, Text, XFusionError
 from xfusion.data.sounds import as_wav, decode
 from xfusion.generation import TextStream
 from xfusion.modalities.image import square_picture
@@ -97,15 +98,18 @@ def picture():
 def gate(monkeypatch):
     """Holds every batch until it is opened; remembers the batches' sizes."""
 
-    held, run = threading.Event(), Continue.run
+    held = threading.Event()
     held.sizes = []
 
-    def waiting(work, jobs):
-        held.sizes.append(len(jobs))
-        assert held.wait(30)
-        return run(work, jobs)
+    def wrap(run):
+        def waiting(work, jobs):
+            held.sizes.append(len(jobs))
+            assert held.wait(30)
+            return run(work, jobs)
 
-    monkeypatch.setattr(Continue, "run", waiting)
+        return waiting
+
+    wrap_runs(monkeypatch, wrap)
     yield held
     held.set()
 
@@ -142,6 +146,17 @@ def post(server, path, body, headers=None):
 def get(server, path):
     with urllib.request.urlopen(server.address + path, timeout=30) as answer:
         return answer.read().decode()
+
+
+def padded_answers(model, talks, counts):
+    """What transformers gives for conversations as one batch, padded on the left, up to so many tokens of each."""
+    prompts = [model.backbone.chat(talk) for talk in talks]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[1] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    settings = {"max_new_tokens": max(counts), "pad_token_id": 1, "do_sample": False}
+    rows = model.backbone.model.generate(ids, attention_mask=mask, **settings)[:, width:].tolist()
+    return [model.backbone.decode(row[:count]) for row, count in zip(rows, counts, strict=True)]
 
 
 def base_answer(model, messages, count, **sampling):
@@ -182,6 +197,145 @@ def test_words_alone_are_the_bases_own(client, model):
             torch.manual_seed(5 + i)
             expected = base_answer(model, messages, 12, do_sample=True, temperature=0.9, top_p=0.8, top_k=0)
         assert choice.message.content == expected
+
+
+WORDS = ("a red apple", "who are you? what is this?", "two blue birds", "what is it")
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    """The token counts of the prompts of each text-only batch."""
+    batched, run = [], batches.text_only_tokens
+
+    def spied(model, prompts, **settings):
+        batched.append([len(prompt) for prompt in prompts])
+        return run(model, prompts, **settings)
+
+    monkeypatch.setattr(batches, "text_only_tokens", spied)
+    return batched
+
+
+def chat_jobs(model, words, limits=TINY, **fields):
+    """The jobs of a chat request."""
+    asked = requests.parse(requests.Chat, {"messages": say(words), **fields})
+    return reading.chat(asked, model, limits, frozenset())[0]
+
+
+def all_ended(jobs, batch=8, each=lambda job, new: None):
+    """The sizes of the batches in which a queue computes jobs; ``each`` is given their events."""
+    sizes, done = [], []
+
+    def hear(job, new):
+        each(job, new)
+        done.extend([job] if new is None else [])
+
+    queue = Batches(32, batch, lambda ended, seconds: sizes.append(len(ended)))
+    for job in jobs:
+        job.notify = hear
+    queue.put(jobs)
+    queue.start()
+    until(lambda: len(done) == len(jobs) and sum(sizes) == len(jobs))
+    queue.close(10)
+    return sizes
+
+
+def test_words_that_wait_together_are_one_padded_batch_of_the_base(server, model, gate):
+    counts, found = (3, 12, 8, 6), {}
+
+    def ask(words, count, stream):
+        with server.client() as client:
+            call = {"model": "dual-tower", "messages": say(words), "max_tokens": count, "stream": stream}
+            answer = client.chat.completions.create(**call)
+            if stream:
+                chunks = [chunk.choices[0] for chunk in answer]
+                text, reason = "".join(chunk.delta.content or "" for chunk in chunks), chunks[-1].finish_reason
+            else:
+                text, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
+            found[words] = (text, reason)
+
+    first = threading.Thread(target=ask, args=("a cat", 2, False))
+    threads = [first] + [
+        threading.Thread(target=ask, args=(words, count, bool(i % 2)))
+        for i, (words, count) in enumerate(zip(WORDS, counts, strict=True))
+    ]
+    for number, thread in enumerate(threads):  # the first is computed alone, the others wait for it
+        thread.start()
+        until(lambda number=number: gate.sizes == [1] and len(server.batches.waiting) == number)
+    gate.set()
+    for thread in threads:
+        thread.join(30)
+    assert gate.sizes == [1, 4]
+    expected = padded_answers(model, [say(words) for words in WORDS], counts)
+    assert [found[words] for words in WORDS] == [(text, "length") for text in expected]
+    assert found["a cat"] == (base_answer(model, say("a cat"), 2, do_sample=False), "length")
+
+
+def test_a_row_of_words_that_ends_frees_its_place_and_holds_up_no_other(model, rows):
+    """At its limit, at a stop sequence, or when nobody waits for it any more."""
+    short, stopped, left, long = jobs = [
+        *chat_jobs(model, WORDS[0], max_tokens=3),
+        *chat_jobs(model, WORDS[1], max_tokens=24, stop=[base_answer(model, say(WORDS[1]), 8, do_sample=False)[2:4]]),
+        *chat_jobs(model, WORDS[2], max_tokens=24),
+        *chat_jobs(model, WORDS[3], max_tokens=24),
+    ]
+    seen = []
+
+    def each(job, new):
+        if job is left and len(left.words.ids) == 5:
+            left.dropped = True
+        if new is None:
+            seen.append((job, len(long.words.ids)))
+
+    assert all_ended(jobs, each=each) == [4] and len(rows) == 1
+    assert [job for job, _ in seen][-1] is long and dict(seen)[short] <= 3 and len(left.words.ids) == 5
+    expected = padded_answers(model, [say(words) for words in WORDS], (3, 24, 24, 24))
+    assert short.answer == [expected[0]] and long.answer == [expected[3]]
+    assert stopped.words.stopped and stopped.words.sent == expected[1][:2] and dict(seen)[stopped] < 24
+
+
+def test_answers_that_ended_are_not_counted_as_being_computed(model):
+    jobs = [*chat_jobs(model, WORDS[0], max_tokens=2), *chat_jobs(model, WORDS[3], max_tokens=12)]
+    queue, counts = Batches(8, 8), []
+    for job in jobs:
+        job.notify = lambda job, new: counts.append((queue.computing, len(queue.running)))
+    queue.put(jobs)
+    queue.start()
+    until(lambda: jobs[1].ended)
+    queue.close(10)
+    assert counts[0] == (2, 2) and (1, 2) in counts and counts[-1] == (0, 2)
+
+
+def test_greedy_answers_to_one_request_are_one_row(model, rows):
+    jobs = chat_jobs(model, WORDS[0], max_tokens=6, n=3)
+    others = chat_jobs(model, WORDS[1], max_tokens=6)
+    assert all_ended([*jobs, *others]) == [4] and [len(batch) for batch in rows] == [2]
+    expected = padded_answers(model, [say(words) for words in WORDS[:2]], (6, 6))
+    assert [job.answer for job in (*jobs, *others)] == [[expected[0]]] * 3 + [[expected[1]]]
+
+
+@pytest.mark.parametrize(("limits", "expected"), [({"words": 1}, [3, 1, 1]), ({"words": 2}, [4, 1]), ({}, [5])])
+def test_words_share_a_batch_as_far_as_the_limit_goes(model, rows, limits, expected):
+    limits = replace(TINY, **limits)
+    jobs = chat_jobs(model, WORDS[0], limits, max_tokens=4, n=3)
+    jobs += [job for words in WORDS[1:3] for job in chat_jobs(model, words, limits, max_tokens=4)]
+    assert all_ended(jobs) == expected
+    assert [len(batch) for batch in rows] == {3: [1, 1, 1], 2: [2, 1], 1: [3]}[len(expected)]
+    if limits.words == 1:
+        assert [job.answer[0] for job in jobs[2:]] == [
+            base_answer(model, say(words), 4, do_sample=False) for words in WORDS[:3]
+        ]
+
+
+def test_sampled_words_and_prompts_of_other_lengths_do_not_share(model, rows):
+    """A seed gives the text of a single call; and short prompts are not computed at the length of a long one."""
+    sampled = [job for words in WORDS[:2] for job in chat_jobs(model, words, max_tokens=4, temperature=0.8, seed=3)]
+    long = chat_jobs(model, "a red apple on a table " * 12, max_tokens=4)
+    greedy = [job for words in WORDS[:3] for job in chat_jobs(model, words, max_tokens=4)]
+    assert all_ended([*sampled, *greedy, *long]) == [1, 1, 3, 1] and [len(batch) for batch in rows] == [3, 1]
+    for job, words in zip(sampled, WORDS, strict=False):
+        assert job.answer == model.generate(
+            [Text(ids=model.backbone.chat(words))], seed=3, max_tokens=4, temperature=0.8
+        )
 
 
 def test_a_message_goes_back_as_the_client_dumps_it(client, model):
@@ -361,7 +515,8 @@ def test_when_to_come_again_counts_what_runs_and_what_was_answered_alone(monkeyp
     monkeypatch.setattr(batches, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
 
     class Work:
-        batchable = True
+        def choose(self, alike, most):
+            return alike[:most]
 
         def __init__(self, end, seconds=0.0):
             self.end, self.seconds = end, seconds
@@ -407,7 +562,8 @@ def test_jobs_that_nobody_waits_for_when_they_get_other_work_are_let_go():
     moved = threading.Event()
 
     class Deciding:
-        batchable = True
+        def choose(self, alike, most):
+            return alike[:most]
 
         def run(self, jobs):
             queue.forget(jobs)
@@ -502,29 +658,30 @@ def test_the_opening_head_decides_where_a_request_asks_it_to(client, model, monk
     assert client.chat.completions.create(**call).choices[0].message.content == plain.choices[0].message.content
 
 
-def test_what_the_head_opens_is_drawn_as_one_batch_and_text_is_answered_one_by_one(model, monkeypatch):
+def test_what_the_head_opens_is_drawn_as_one_batch_and_greedy_text_is_another(model, monkeypatch):
     subjects = ["draw a red apple", "who are you", "paint two blue birds", "a cat as a picture", "what is it"]
     draws = [True, False, True, True, False]
     talks = [say(words) for words in subjects]
     monkeypatch.setattr(model, "opening", opening_head(model.backbone, talks, draws))
-    heard, sizes = [], []
-    call = {"draw": "auto", "steps": 3, "max_tokens": 6, "temperature": 0.5}
-    jobs = []
-    for i, talk in enumerate(talks):
-        asked = requests.parse(requests.Chat, {"messages": talk, "seed": 30 + i, **call})
-        (job,), _ = reading.chat(asked, model, TINY, frozenset())
-        job.notify = lambda job, new: heard.append(job.seed) if new is None else None
-        jobs.append(job)
-    queue = Batches(8, 8, lambda done, seconds: sizes.append([job.seed for job in done]))
-    queue.put(jobs)
-    queue.start()
-    until(lambda: len(heard) == 5)
-    queue.close(10)
-    assert sizes == [[30, 32, 33], [31], [34]] and heard == [30, 32, 33, 31, 34]
-    for job, talk in zip(jobs, talks, strict=True):
-        expected = model.answer(talk, seed=job.seed, steps=3, max_tokens=6, temperature=0.5)
-        assert job.error is None and job.answer[-1] == expected[-1]
-        assert len(job.answer) == len(expected) and (len(expected) == 1 or apart(job.answer[0], expected[0]) <= 2)
+    for temperature, of_words in ((0.5, [[31], [34]]), (0.0, [[31, 34]])):
+        heard, sizes = [], []
+        call = {"draw": "auto", "steps": 3, "max_tokens": 6, "temperature": temperature}
+        jobs = []
+        for i, talk in enumerate(talks):
+            asked = requests.parse(requests.Chat, {"messages": talk, "seed": 30 + i, **call})
+            (job,), _ = reading.chat(asked, model, TINY, frozenset())
+            job.notify = lambda job, new, heard=heard: heard.append(job.seed) if new is None else None
+            jobs.append(job)
+        queue = Batches(8, 8, lambda done, seconds, sizes=sizes: sizes.append([job.seed for job in done]))
+        queue.put(jobs)
+        queue.start()
+        until(lambda heard=heard: len(heard) == 5)
+        queue.close(10)
+        assert sizes == [[30, 32, 33], *of_words] and heard == [30, 32, 33, 31, 34]
+        for job, talk in zip(jobs, talks, strict=True):
+            expected = model.answer(talk, seed=job.seed, steps=3, max_tokens=6, temperature=temperature)
+            assert job.error is None and job.answer[-1] == expected[-1]
+            assert len(job.answer) == len(expected) and (len(expected) == 1 or apart(job.answer[0], expected[0]) <= 2)
 
 
 def test_a_line_break_ends_an_answer_about_a_picture_behind_words(client, model, picture, monkeypatch):
@@ -779,8 +936,8 @@ def test_a_deadline_and_a_disconnect_free_their_places(models, gate):
             connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
             streams.append(connection)
             if not stream:
-                until(lambda: gate.sizes == [1])
-        until(lambda: len(server.batches.waiting) == 3)  # words alone are answered one by one
+                until(lambda: gate.sizes == [2])  # both answers are one row
+        until(lambda: len(server.batches.waiting) == 2)
         running_jobs = list(server.batches.running)
         for connection in streams:
             connection.sock.shutdown(socket.SHUT_RDWR)
@@ -809,7 +966,8 @@ def test_what_runs_ends_when_its_client_unplugs_in_the_middle(models, monkeypatc
 
 def test_a_failing_job_takes_no_other_of_its_batch_with_it(caplog):
     class Work:
-        batchable = True
+        def choose(self, alike, most):
+            return alike[:most]
 
         def run(self, jobs):
             if any(job.inputs == "poison" for job in jobs):
@@ -846,7 +1004,8 @@ def test_what_a_failed_batch_held_is_let_go_before_its_jobs_are_computed_one_by_
         """Stands for the caches of a batch."""
 
     class Work:
-        batchable = True
+        def choose(self, alike, most):
+            return alike[:most]
 
         def run(self, jobs):
             alive.append([reference() is not None for reference in held])
@@ -871,14 +1030,17 @@ def test_what_a_failed_batch_held_is_let_go_before_its_jobs_are_computed_one_by_
 @pytest.mark.parametrize("in_time", [True, False])
 def test_a_server_that_stops_answers_everyone(models, picture, monkeypatch, capsys, in_time):
     """What waits is refused at once, what runs gets its grace, and nobody is left with half a word."""
-    held, run = threading.Semaphore(0), Continue.run
+    held = threading.Semaphore(0)
 
-    def waiting(work, jobs):
-        jobs[0].notify(jobs[0], "begun ")
-        assert held.acquire(timeout=60)
-        return run(work, jobs)
+    def wrap(run):
+        def waiting(work, jobs):
+            jobs[0].notify(jobs[0], "begun ")
+            assert held.acquire(timeout=60)
+            return run(work, jobs)
 
-    monkeypatch.setattr(Continue, "run", waiting)
+        return waiting
+
+    wrap_runs(monkeypatch, wrap)
     with running(models, replace(TINY, queue=16, grace=20 if in_time else 1, seconds=60)) as server:
         chat = {"model": "dual-tower", "messages": say("a red apple"), "max_tokens": 4}
         bodies = [
@@ -932,7 +1094,7 @@ def test_a_client_that_does_not_read_holds_up_no_stop(models, monkeypatch, capsy
             jobs[0].notify(jobs[0], "much " * 200_000)
         return [["much"]]
 
-    monkeypatch.setattr(Continue, "run", much)
+    monkeypatch.setattr(Words, "run", much)
     with running(models, replace(TINY, grace=1)) as server:
         call = {"model": "dual-tower", "messages": say("a"), "stream": True}
         with begun(server, json.dumps(call).encode()):

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from apps.serving import from_base64, from_url, png, running, tiny_models
+from apps.serving import from_base64, from_url, png, running, tiny_models, wrap_runs
 from apps.test_serve import TINY, answered, base_answer, begun, get, hear, look, post, say, shape, until
 from contracts.table import SOUND_RATE, Noise, hearing_model
 
@@ -31,7 +31,7 @@ from xfusion.apps import cli
 from xfusion.apps.commands.base import UsageError
 from xfusion.apps.commands.serve import listen
 from xfusion.apps.server import answers, reading, requests, stopping, tickets
-from xfusion.apps.server.batches import Continue
+from xfusion.apps.server.batches import Words
 from xfusion.data.sequence import Sound
 from xfusion.data.sounds import as_wav
 from xfusion.generation import TextStream
@@ -67,8 +67,8 @@ def picture():
 @pytest.fixture
 def held(monkeypatch):
     """Holds every batch until it is opened."""
-    event, run = threading.Event(), Continue.run
-    monkeypatch.setattr(Continue, "run", lambda work, jobs: event.wait(60) and run(work, jobs))
+    event = threading.Event()
+    wrap_runs(monkeypatch, lambda run: lambda work, jobs: event.wait(60) and run(work, jobs))
     yield event
     event.set()
 
@@ -406,7 +406,7 @@ def test_a_client_that_does_not_read_its_answer_is_cut(models, monkeypatch, caps
             jobs[0].notify(jobs[0], "much " * 200_000)
         return [["much"]]
 
-    monkeypatch.setattr(Continue, "run", much)
+    monkeypatch.setattr(Words, "run", much)
     monkeypatch.setattr(stopping, "UNREAD_SECONDS", 0.5)
     with running(models, replace(TINY, seconds=1.0)) as server:
         call = {"model": "dual-tower", "messages": say("a"), "stream": True}

@@ -29,7 +29,7 @@ import xfusion
 from xfusion.apps import cli
 from xfusion.apps.server import batches, reading, requests
 from xfusion.apps.server.answers import Refused
-from xfusion.apps.server.batches import Continue, drawing_progress
+from xfusion.apps.server.batches import Continue, Words, drawing_progress
 from xfusion.apps.server.limits import Limits
 from xfusion.apps.web import brush, heat
 from xfusion.apps.web import desk as web_desk
@@ -278,7 +278,7 @@ def test_what_is_asked_for_while_something_else_ends_is_stopped_too(desk, monkey
         assert gates[len(runs) - 1].wait(20)
         return [["a"]] * len(jobs)
 
-    monkeypatch.setattr(Continue, "run", run)
+    monkeypatch.setattr(Words, "run", run)
 
     def ask():
         with suppress(Stopped):
@@ -319,7 +319,7 @@ def test_the_deadline_holds_for_an_answer_that_never_pauses(desk, monkeypatch):
             time.sleep(0.01)
         return [["on and on"]]
 
-    monkeypatch.setattr(Continue, "run", talk)
+    monkeypatch.setattr(Words, "run", talk)
     monkeypatch.setattr(desk, "limits", Limits(seconds=0.2))
     with pytest.raises(Refused, match="no answer within 0.2 seconds"):
         list(desk.say("me", "tiny", [{"role": "user", "content": ["go on"]}]))
@@ -651,7 +651,7 @@ def held(monkeypatch):
 
         return held_run
 
-    for kind in (Continue, batches.Repaint, Look):
+    for kind in (Continue, Words, batches.Repaint, Look):
         monkeypatch.setattr(kind, "run", holds(kind.run))
     yield gate
     gate.opened.set()

@@ -395,10 +395,15 @@ class Backbone:
         return () if token_id is None else (token_id,)
 
     @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Token ids at which the base's own ``generate`` ends."""
+        eos_token_id = self.model.generation_config.eos_token_id
+        return (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id or ())
+
+    @property
     def end_ids(self) -> tuple[int, ...]:
         """Token ids that end an answer."""
-        eos_token_id = self.model.generation_config.eos_token_id
-        token_ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
+        token_ids = list(self.stop_ids)
         if self.tokenizer.eos_token_id is not None and self.tokenizer.eos_token_id not in token_ids:
             token_ids.insert(0, self.tokenizer.eos_token_id)
         return tuple(token_ids)

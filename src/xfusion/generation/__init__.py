@@ -1,7 +1,7 @@
 """Sampling: lists of segments in, generated segments out; drawing, captioning, scoring, conversations.
 
-`segments.generate` combines the others: media generation (`drawing`) and text generation (`words`, optionally constrained to a
-`schema`).
+`segments.generate` combines the others: media generation (`drawing`) and text generation (`words` after media, `text_only` by the
+base itself, both optionally constrained to a `schema`).
 """
 
 from xfusion.generation.base import (
@@ -30,7 +30,8 @@ from xfusion.generation.conversations import (
 from xfusion.generation.drawing import draw, draw_tokens, inpaint, inpaint_batch
 from xfusion.generation.pairs import embed, fill, fill_tokens, match, score
 from xfusion.generation.schema import schema_answers
-from xfusion.generation.segments import PLAIN, PLAIN_SAMPLING, generate, kinds_of, log_likelihoods, prompt_length
+from xfusion.generation.segments import generate, kinds_of, log_likelihoods, prompt_length
+from xfusion.generation.text_only import PLAIN, PLAIN_SAMPLING, rows_together, text_only_tokens
 from xfusion.generation.words import TextStream, answer_tokens, caption, score_names
 
 __all__ = [
@@ -70,7 +71,9 @@ __all__ = [
     "prompt_length",
     "refuse_to_draw",
     "refuse_to_read",
+    "rows_together",
     "schema_answers",
     "score",
     "score_names",
+    "text_only_tokens",
 ]

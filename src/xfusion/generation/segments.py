@@ -32,19 +32,12 @@ from xfusion.generation.base import (
     text_segment,
 )
 from xfusion.generation.drawing import codes, draw_tokens, pictures_of
-from xfusion.generation.schema import next_tokens, schema_answers
+from xfusion.generation.schema import schema_answers
+from xfusion.generation.text_only import text_only_tokens
 from xfusion.generation.words import answer_tokens
 from xfusion.modalities.audio import AudioModality
 from xfusion.model import Model
-from xfusion.objectives.next_token import GREEDY
 from xfusion.objectives.solvers import Solver
-from xfusion.seeding import seeded
-
-PLAIN: dict[str, Any] = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-"""Settings forced on the base's own ``generate``, overriding its generation_config. Answers after pictures support only
-temperature, `top_k` and `top_p`, and these must mean the same for text-only prompts."""
-PLAIN_SAMPLING: dict[str, Any] = {"typical_p": 1.0, "min_p": None, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
-"""Further forced settings if it samples."""
 
 
 def generate(
@@ -302,9 +295,21 @@ def _generate_batch(
             listen=listen,
         )
     else:
+        # One by one: each equals its single call, sampled or not.
         ids = [
-            _base_generate(model, context, s, settings, listener_for(listen, [i]))
+            tokens
             for i, (context, s) in enumerate(zip(contexts, seeds, strict=True))
+            for tokens in text_only_tokens(
+                model,
+                [tuple(token for segment in context if isinstance(segment, Text) for token in segment.ids)],
+                max_tokens=[settings.max_tokens],
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                top_k=settings.top_k,
+                seed=s,
+                allowed=settings.allowed,
+                listen=listener_for(listen, [i]),
+            )
         ]
     for answer, tokens in zip(results, ids, strict=True):
         answer.append(model.backbone.decode(tokens))
@@ -389,69 +394,6 @@ def _answer_logits(
         hidden, run = model.run_pass(pack([[Sequence(segments=segments)]]).to(model.device))
         logits = model.engine.backbone.logits(hidden[:, run.slices["text"]][:, -len(ids) - 1 :])[0]
     return logits[-len(ids) - 1 : -1]
-
-
-class _StoppedByListener(Exception):
-    """A listener ended the answer."""
-
-
-@dataclass
-class _Streamer:
-    """Passes tokens from the base's own ``generate`` to a listener; `put` gets the prompt first, then token by token."""
-
-    listen: Listener
-    ends: set[int]
-    answer: list[int] | None = None
-
-    def put(self, ids: Tensor) -> None:
-        if self.answer is None:
-            self.answer = []
-            return
-        for token in ids.flatten().tolist():
-            self.answer.append(token)
-            if token not in self.ends and not self.listen(0, token):
-                raise _StoppedByListener
-
-    def end(self) -> None:
-        """Does nothing: there is no buffer to flush."""
-
-
-def _base_generate(
-    model: Model,
-    context: tuple[Text | Media, ...],
-    seed: int,
-    settings: _Settings,
-    listen: Listener | None,
-) -> list[int]:
-    """Continue a text-only prompt with the base's own ``generate``."""
-    ids = [i for segment in context if isinstance(segment, Text) for i in segment.ids]
-    if not ids:
-        raise XFusionError("there is nothing to continue: the prompt is empty")
-    prompt = torch.tensor([ids], device=model.backbone.device)
-    sampling: dict[str, Any] = {"do_sample": False, **PLAIN}
-    if settings.temperature >= GREEDY:
-        sampling |= {"do_sample": True, "temperature": settings.temperature, **PLAIN_SAMPLING}
-        sampling |= {"top_p": settings.top_p, "top_k": settings.top_k}
-    if (allowed := settings.allowed) is not None:
-        end = model.backbone.end_id
-        sampling["prefix_allowed_tokens_fn"] = lambda _, generated: next_tokens(
-            generated[len(ids) :].tolist(), allowed, end
-        )
-    streamer = None if listen is None else _Streamer(listen, set(model.backbone.end_ids))
-    with seeded(seed, prompt.device):
-        try:
-            output_ids = model.text_model().generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=settings.max_tokens,
-                pad_token_id=next(iter(model.backbone.end_ids), None),
-                streamer=streamer,
-                **sampling,
-            )
-        except _StoppedByListener:
-            assert streamer is not None
-            return streamer.answer or []
-    return output_ids[0, len(ids) :].tolist()
 
 
 def prompt_length(model: Model, items: Seq[Segment], max_tokens: int = 0) -> int:

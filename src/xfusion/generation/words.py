@@ -255,8 +255,10 @@ def _mean_likelihood(model: Model, cache: Cache, first_log_probs: Tensor, answer
 class TextStream:
     """A streamed text answer: cut at a stop sequence, and sent as soon as later tokens cannot change it."""
 
-    def __init__(self, decode: Callable[[list[int]], str], stop: tuple[str, ...] = ()):
+    def __init__(self, decode: Callable[[list[int]], str], stop: tuple[str, ...] = (), max_tokens: int = 0):
         self.decode, self.stop = decode, stop
+        self.max_tokens = max_tokens
+        """Longest answer in tokens; whoever computes it ends it there."""
         self.ids: list[int] = []
         self.sent = ""
         self.stopped = False

@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from xfusion.apps.server.answers import Refused
 from xfusion.data.sequence import XFusionError
-from xfusion.generation import Progress, TextStream, answer_with_pictures, conversation, inpaint_batch, openings
+from xfusion.generation import (
+    Progress,
+    TextStream,
+    answer_with_pictures,
+    conversation,
+    inpaint_batch,
+    openings,
+    rows_together,
+    text_only_tokens,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,10 +57,9 @@ class Continue:
     size: int | None = None
     """Side of such a first picture."""
 
-    @property
-    def batchable(self) -> bool:
-        """Whether jobs share a pass: text alone is answered one by one, so that it is exactly the base's."""
-        return self.opens or any(kind != "text" for kind in self.kinds)
+    def choose(self, alike: list[Job], most: int) -> list[Job]:
+        """All that fit; of text alone, which is sampled here, the oldest: its seed then gives the text of a single call."""
+        return alike[: most if self.opens or any(kind != "text" for kind in self.kinds) else 1]
 
     def run(self, jobs: list[Job]) -> list[list[Any]]:
         """The generated segments of each job."""
@@ -74,11 +82,65 @@ class Continue:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Words:
+    """Greedy answers of the base alone to text-only prompts, each with its own length and stop sequences.
+
+    Jobs are given a list of one `Text`. Those that wait together are computed as one padded batch, in which jobs that ask for
+    the same share a row. A single row has no padding, and is the single call.
+    """
+
+    model: Model
+    rows: int
+    """Most rows of a batch."""
+
+    def choose(self, alike: list[Job], most: int) -> list[Job]:
+        """The oldest job, and those whose prompts share a batch with it (`rows_together`)."""
+        groups = _by_request(alike)
+        lengths, max_tokens = [len(ids) for ids, _, _ in groups], [count for _, _, count in groups]
+        indices = rows_together(self.model, lengths, max_tokens, min(self.rows, most))
+        groups_of_jobs = list(groups.values())
+        return [job for index in indices for job in groups_of_jobs[index]][:most]
+
+    def run(self, jobs: list[Job]) -> list[list[Any]]:
+        """The text of each job; a job ends as soon as its text does."""
+        groups = _by_request(jobs)
+        rows = list(groups.values())
+
+        def listen(row: int, token: int) -> bool:
+            heard = [job.hear(token) for job in rows[row]]  # all of them, whatever the first says
+            return any(heard)
+
+        def ended(row: int, ids: list[int]) -> None:
+            for job in rows[row]:
+                job.end([self.model.backbone.decode(ids)])
+
+        text_only_tokens(
+            self.model,
+            [ids for ids, _, _ in groups],
+            max_tokens=[count for _, _, count in groups],
+            listen=listen,
+            ended=ended,
+        )
+        return [job.answer for job in jobs]
+
+
+def _by_request(jobs: list[Job]) -> dict[tuple[tuple[int, ...], tuple[str, ...], int], list[Job]]:
+    """Jobs of `Words` by prompt, stop sequences and longest answer, in order."""
+    groups: dict[tuple[tuple[int, ...], tuple[str, ...], int], list[Job]] = {}
+    for job in jobs:
+        (prompt,) = job.inputs
+        groups.setdefault((prompt.ids, job.words.stop, job.words.max_tokens), []).append(job)
+    return groups
+
+
+@dataclass(frozen=True, kw_only=True)
 class Decide:
     """Decide whether the answers to conversations start with a picture. Each job then gets its call, and waits for it."""
 
     answer: Continue
-    """The call of a text answer; that of a picture has the same settings."""
+    """The call of an answer that starts with a picture, but for its prompt and size."""
+    words: Work
+    """The call of any other."""
     size: int | None
     """Side of a first picture."""
 
@@ -87,10 +149,9 @@ class Decide:
         """The model that decides."""
         return self.answer.model
 
-    @property
-    def batchable(self) -> bool:
-        """True: the head decides about all jobs in one pass."""
-        return True
+    def choose(self, alike: list[Job], most: int) -> list[Job]:
+        """All that fit: the head decides about them in one pass."""
+        return alike[:most]
 
     def run(self, jobs: list[Job]) -> None:
         """Give each job the work and the input of its answer."""
@@ -98,7 +159,7 @@ class Decide:
         for job, prompt in zip(jobs, prompts, strict=True):
             if prompt is None:
                 job.inputs = conversation(self.model, job.inputs, own_pictures=False)
-                job.work = self.answer
+                job.work = self.words
             else:
                 job.inputs, job.work = (
                     prompt,
@@ -114,10 +175,9 @@ class Repaint:
     steps: int
     guidance: float | None
 
-    @property
-    def batchable(self) -> bool:
-        """True: jobs share a pass."""
-        return True
+    def choose(self, alike: list[Job], most: int) -> list[Job]:
+        """All that fit share a pass."""
+        return alike[:most]
 
     def run(self, jobs: list[Job]) -> list[list[Any]]:
         """The picture of each job."""
@@ -132,10 +192,9 @@ class Embed:
 
     model: Model
 
-    @property
-    def batchable(self) -> bool:
-        """True: jobs share a pass, with one row per item."""
-        return True
+    def choose(self, alike: list[Job], most: int) -> list[Job]:
+        """All that fit share a pass, with one row per item."""
+        return alike[:most]
 
     def run(self, jobs: list[Job]) -> list[list[Any]]:
         """The embeddings of each job, ``[items, width]``."""
@@ -152,9 +211,8 @@ class Work(Protocol):
         """The model that computes."""
         ...
 
-    @property
-    def batchable(self) -> bool:
-        """Whether jobs share a pass."""
+    def choose(self, alike: list[Job], most: int) -> list[Job]:
+        """Which of the waiting jobs whose work is equal, oldest first, share a pass: the oldest, and at most this many."""
         ...
 
     def run(self, jobs: list[Job]) -> list[list[Any]] | None:
@@ -300,7 +358,7 @@ class Batches:
         if not self.open:
             raise stopping()
         if num_waiting + num_new > self.capacity:
-            seconds = min(60.0, self._seconds * (num_waiting + len(self.running)))
+            seconds = min(60.0, self._seconds * (num_waiting + self.computing))
             raise Refused(
                 429,
                 f"{num_waiting} answers wait, and no more than {self.capacity} may: try again later",
@@ -316,10 +374,15 @@ class Batches:
             if any(job.dropped for job in self.waiting):
                 self.waiting = deque(job for job in self.waiting if not job.dropped)
 
+    @property
+    def computing(self) -> int:
+        """The number of answers being computed; the others of a running batch have ended."""
+        return sum(not job.ended for job in self.running)
+
     def before(self, job: Job) -> int:
         """The number of answers before a waiting one, those being computed included; 0 for one that does not wait."""
         with self._changed:
-            return len(self.running) + self.waiting.index(job) if job in self.waiting else 0
+            return self.computing + self.waiting.index(job) if job in self.waiting else 0
 
     def _next(self) -> list[Job]:
         """The oldest job and those that are batched with it; empty once the queue is closed."""
@@ -328,8 +391,7 @@ class Batches:
             if not self.open:
                 return []
             work = self.waiting[0].work
-            max_jobs = self.batch if work.batchable else 1
-            self.running = [job for job in self.waiting if job.work == work][:max_jobs]
+            self.running = work.choose([job for job in self.waiting if job.work == work], self.batch)
             running_ids = set(map(id, self.running))
             self.waiting = deque(job for job in self.waiting if id(job) not in running_ids)
             return self.running

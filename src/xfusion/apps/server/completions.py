@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from xfusion.apps.server.answers import data_url, now, usage
-from xfusion.apps.server.batches import Continue, Job
+from xfusion.apps.server.batches import Job
 from xfusion.apps.server.reading import as_refused
 from xfusion.apps.server.tickets import Ticket
 
@@ -86,8 +86,7 @@ class Completion:
         return await anyio.to_thread.run_sync(encode)
 
     def _reason(self, job: Job) -> str:
-        work = job.work
-        reached_limit = isinstance(work, Continue) and len(job.words.ids) >= work.max_tokens
+        reached_limit = len(job.words.ids) >= job.words.max_tokens
         return "length" if reached_limit and not job.words.stopped else "stop"
 
     def _usage(self) -> dict[str, int]:

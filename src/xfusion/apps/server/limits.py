@@ -13,6 +13,9 @@ class Limits:
     """Answers that may wait in the queue (a request for n answers takes n places); beyond it 429 with Retry-After."""
     batch: int = 16
     """Batch size: answers of the same kind that are computed together, at most 64."""
+    words: int = 64
+    """Greedy answers in words alone of one batch, no more than `batch`; 1 computes each alone, so that its bits never depend on
+    other requests."""
     seconds: float = 120.0
     """Deadline of a request, including sending and waiting; beyond it 504."""
     n: int = 8

@@ -28,7 +28,7 @@ class Metrics:
         """Export a queue's lengths."""
         options = {"registry": self.registry, "namespace": "xfusion"}
         Gauge("waiting", "Answers in the queue.", **options).set_function(lambda: len(batches.waiting))
-        Gauge("running", "Answers being computed.", **options).set_function(lambda: len(batches.running))
+        Gauge("running", "Answers being computed.", **options).set_function(lambda: batches.computing)
 
     def count_batch(self, jobs: list[Job], seconds: float) -> None:
         """Count a finished batch."""

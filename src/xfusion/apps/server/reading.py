@@ -8,11 +8,12 @@ from typing import Any
 
 from xfusion.apps.server import requests
 from xfusion.apps.server.answers import Refused
-from xfusion.apps.server.batches import Continue, Decide, Embed, Job, Repaint
+from xfusion.apps.server.batches import Continue, Decide, Embed, Job, Repaint, Words, Work
 from xfusion.apps.server.limits import Limits
 from xfusion.data.sequence import Image, Text, XFusionError
 from xfusion.generation import TextStream, TooLong, conversation, draw_size, ends_at_line, kinds_of, prompt_length
 from xfusion.model import Model
+from xfusion.objectives.next_token import GREEDY
 
 
 def chat(params: requests.Chat, model: Model, limits: Limits, hosts: frozenset[str]) -> tuple[list[Job], int]:
@@ -49,7 +50,7 @@ def chat(params: requests.Chat, model: Model, limits: Limits, hosts: frozenset[s
         prompt, kinds = prompt_length(model, segments), kinds_of(model, segments)
     if not any(isinstance(segment, Text) or segment for segment in segments):
         raise Refused(400, "the messages are empty", param="messages")
-    work = Continue(
+    call = Continue(
         model=model,
         kinds=kinds,
         steps=steps,
@@ -59,9 +60,12 @@ def chat(params: requests.Chat, model: Model, limits: Limits, hosts: frozenset[s
         top_p=1.0 if params.top_p is None else params.top_p,
         one_line=ends_at_line(turns),
     )
+    is_greedy_text = call.temperature < GREEDY and all(kind == "text" for kind in kinds)
+    work: Work = Words(model=model, rows=limits.words) if is_greedy_text else call
     if decides:
-        return _jobs(params, model, Decide(answer=work, size=params.side()), turns, params.stops()), prompt
-    return _jobs(params, model, work, segments, params.stops()), prompt
+        work = Decide(answer=call, words=work, size=params.side())
+    inputs = turns if decides else segments
+    return _jobs(params, model, work, inputs, params.stops(), call.max_tokens), prompt
 
 
 def _max_tokens(params: requests.Chat, model: Model, limits: Limits, prompt: int) -> int:
@@ -156,9 +160,10 @@ def _check_number(params: requests.Chat | requests.Images, limits: Limits) -> No
 def _jobs(
     params: requests.Chat | requests.Images,
     model: Model,
-    work: Continue | Decide | Repaint,
+    work: Work,
     inputs: Any,
     stops: tuple[str, ...] = (),
+    max_tokens: int = 0,
 ) -> list[Job]:
     """One job per answer, with seeds that count up."""
     first_seed = params.first_seed()
@@ -168,7 +173,7 @@ def _jobs(
             inputs=inputs,
             seed=first_seed + i,
             index=i,
-            words=TextStream(model.backbone.decode, stops),
+            words=TextStream(model.backbone.decode, stops, max_tokens),
             notify=lambda job, new: None,
         )
         for i in range(params.n)

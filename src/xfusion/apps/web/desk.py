@@ -87,10 +87,9 @@ class Look:
     steps: int
     guidance: float | None
 
-    @property
-    def batchable(self) -> bool:
-        """False: each is computed alone."""
-        return False
+    def choose(self, alike: list[Job], most: int) -> list[Job]:
+        """The oldest: each is computed alone."""
+        return alike[: min(1, most)]
 
     def run(self, jobs: list[Job]) -> list[list[Any]]:
         """The picture and its `Attention`."""
