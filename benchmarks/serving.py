@@ -6,7 +6,8 @@ The server runs in a process of its own with the shipped pack and, on the same b
 new weights are fresh: their values do not affect the time. Clients are OpenAI's own, in threads on the same machine, so that both
 share its cores. Capacity is what the server holds at once: its queue and a batch. Each client requests a drawing, what a picture
 shows, words, or vectors of a picture and its words, and sends the next request when it has the answer; after a refusal (429) it
-asks again within 0.15 s. Answers are compared with the single calls in Python. Takes five minutes. Writes
+asks again within 0.15 s. Answers are compared with the single calls in Python; words that the server batches are too, since their
+questions are such that rounding decides no word (`MARGIN`). Takes five minutes. Writes
 benchmarks/results/serving.json, which `python docs/pages.py speed` puts into docs/serving.md.
 """
 
@@ -39,12 +40,21 @@ import xfusion
 from xfusion.apps.commands.base import short_name
 from xfusion.data.sequence import Text
 from xfusion.evaluation.machine import origin
+from xfusion.generation import PLAIN
+from xfusion.model import Model
 from xfusion.recipes.base import find
 from xfusion.storage import write_json
 
 RESULT = Path(__file__).parent / "results" / "serving.json"
 PROMPTS = ("a red heart", "a yellow star", "a green tree", "a blue car")
-QUESTION = "What is the capital of France?"
+QUESTIONS = (
+    "What is the capital of France?",
+    "Name three colours.",
+    "How many days are in a week, and which of them is the first one?",
+    "Which animal says moo, and which one says meow? Tell me in a few words.",
+)
+MARGIN = 0.01
+"""Least distance of the two largest logits along an answer in words alone: in a batch they round differently, by some 0.0001."""
 LEVELS = 2
 """Levels of 255 that a picture may differ by from that of a single call."""
 ROUNDING = 1e-4
@@ -87,8 +97,11 @@ class Workload:
         self.urls = [_as_url(picture) for picture in pictures]
         for i, picture in enumerate(pictures):
             (self.answers["look", i],) = model.generate([picture], max_tokens=settings.tokens)
-        chat = Text(ids=model.backbone.chat([{"role": "user", "content": QUESTION}]))
-        (self.answers["say", 0],) = model.generate([chat], max_tokens=settings.tokens)
+        for i, question in enumerate(QUESTIONS):
+            chat = Text(ids=model.backbone.chat(question))
+            if (found := margin(model, chat, settings.tokens)) < MARGIN:
+                raise SystemExit(f"{question!r}: rounding may decide a word, at a margin of {found:.4f}; ask something else")
+            (self.answers["say", i],) = model.generate([chat], max_tokens=settings.tokens)
         # A picture comes back from its PNG as it was, and so its vector is that of the picture.
         pairs = xfusion.build(find(settings.pairs)().model, model.backbone).eval()
         for i, (prompt, picture) in enumerate(zip(PROMPTS, pictures, strict=True)):
@@ -111,7 +124,7 @@ class Workload:
             vectors = torch.tensor([item.embedding for item in embeddings.data])
             return vectors.shape == expected.shape and bool(((vectors - expected).abs() <= ROUNDING).all()), None
         block = {"type": "image_url", "image_url": {"url": self.urls[number]}}
-        content: Any = QUESTION if kind == "say" else [block]
+        content: Any = QUESTIONS[number] if kind == "say" else [block]
         text = ""
         for chunk in client.chat.completions.create(
             model=self.name,
@@ -123,6 +136,17 @@ class Workload:
             first_word = time.perf_counter() - start if new and first_word is None else first_word
             text += new
         return text == expected, first_word
+
+
+def margin(model: Model, prompt: Text, count: int) -> float:
+    """The least distance of the two largest logits along the greedy answer of a model's base."""
+    ids = torch.tensor([prompt.ids])
+    settings: dict[str, Any] = {"max_new_tokens": count, "do_sample": False, **PLAIN}
+    answer = model.text_only().generate(
+        ids, attention_mask=torch.ones_like(ids), output_scores=True, return_dict_in_generate=True, **settings
+    )
+    first, second = torch.stack(answer.scores).topk(2).values.unbind(dim=-1)
+    return float((first - second).min())
 
 
 def _as_url(picture: Image.Image) -> str:

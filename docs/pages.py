@@ -638,13 +638,17 @@ def serving_part() -> list[str]:
     if result is None:
         return ["Not measured yet: `python benchmarks/serving.py` on an idle machine.", ""]
     columns = ("clients", "seconds", "request", "answers", "wrong", "refused", "late", "failed", "p50", "p95", "p99")
-    titles = {"first_word_p50": "p50 to first word", "megabytes_last_third": "MB"}
+    titles = {
+        "first_word_p50": "p50 to first word",
+        "megabytes_first_third": "MB at first",
+        "megabytes_last_third": "MB at last",
+    }
     rows = [{titles.get(key, key): value for key, value in row.items()} for row in result["rows"]]
     about = (
         f"`--limits.queue {result['queue']} --limits.batch {result['batch']}`, {result['steps']} steps per drawing, words of at"
         f" most {result['tokens']} tokens. `draw` requests a drawing, `look` what a picture shows, `say` words, `embed` vectors."
         " *refused*: 429, after which the client asks again; *late*: past the deadline; *wrong*: not the answer of the single"
-        " call. p50, p95 and p99 are seconds; MB is the server's memory in the last third of the time."
+        " call. p50, p95 and p99 are seconds; MB is the server's largest memory in the first and in the last third of the time."
     )
     return [*origin(result), about, "", *table(rows, (*columns, *titles.values()))]
 
