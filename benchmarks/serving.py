@@ -100,7 +100,9 @@ class Workload:
         for i, question in enumerate(QUESTIONS):
             chat = Text(ids=model.backbone.chat(question))
             if (found := margin(model, chat, settings.tokens)) < MARGIN:
-                raise SystemExit(f"{question!r}: rounding may decide a word, at a margin of {found:.4f}; ask something else")
+                raise SystemExit(
+                    f"{question!r}: rounding may decide a word, at a margin of {found:.4f}; ask something else"
+                )
             (self.answers["say", i],) = model.generate([chat], max_tokens=settings.tokens)
         # A picture comes back from its PNG as it was, and so its vector is that of the picture.
         pairs = xfusion.build(find(settings.pairs)().model, model.backbone).eval()
