@@ -1,6 +1,7 @@
 """The server as OpenAI's own client and hostile ones meet it, over a real socket."""
 
 import base64
+import gc
 import http.client
 import io
 import json
@@ -336,6 +337,22 @@ def test_sampled_words_and_prompts_of_other_lengths_do_not_share(model, rows):
         assert job.answer == model.generate(
             [Text(ids=model.backbone.chat(words))], seed=3, max_tokens=4, temperature=0.8
         )
+
+
+def test_nothing_is_kept_of_words_that_were_answered(model):
+    def num_tensors():
+        gc.collect()
+        return sum(isinstance(kept, torch.Tensor) for kept in gc.get_objects())
+
+    counts = []
+    for first in (0, 8, 16):  # the first calls prepare what later ones share
+        words = [f"a red apple {number}" for number in range(first, first + 8)]
+        settings = [{"temperature": 0.5 * (number % 2), "seed": number} for number in range(8)]
+        all_ended(
+            [job for a, more in zip(words, settings, strict=True) for job in chat_jobs(model, a, max_tokens=3, **more)]
+        )
+        counts.append((num_tensors(), len(model.engine.turns), len(model.engine.media_tokens)))
+    assert counts[2] == counts[1]
 
 
 def test_a_message_goes_back_as_the_client_dumps_it(client, model):
