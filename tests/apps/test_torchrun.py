@@ -79,3 +79,25 @@ def test_torchrun_itself_ends_with_the_line(tmp_path):
     assert done.returncode == 1 and rule.strip("=") == ""
     assert last.strip().startswith("traceback : xfusion: ") and "nowhere" in last
     assert last.partition(" : ")[2] in done.stderr.splitlines()  # as it was printed
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("how", "found"), [(["--multi_gpu"], {"2 0 [1]", "2 1 [1]"}), (["--cpu"], {"1 0 [0]"})], ids=str
+)
+def test_accelerate_sets_what_torchrun_does(tmp_path, how, found):
+    """With --multi_gpu it starts several processes, also without a GPU; with --cpu it starts one, whatever their number."""
+    script = tmp_path / "count.py"
+    script.write_text(
+        "from xfusion.training.processes import Processes\n"
+        "processes = Processes()\n"
+        "print(processes.count, processes.rank, processes.largest(processes.rank), flush=True)\n"
+        "processes.close()\n"
+    )
+    command = [sys.executable, "-m", "accelerate.commands.launch", *how, "--num_processes", "2", "--num_machines", "1"]
+    command += ["--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no", str(script)]
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    environment = kept | {"PYTHONPATH": str(Path(xfusion.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split("\n")) - {""} == found
