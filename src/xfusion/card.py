@@ -211,12 +211,21 @@ def _recipe(config: dict[str, Any], model: Model) -> dict[str, Any]:
         "codec": type(model.modality.codec).__name__,
         **_schedule(config.get("recipe") or {}, several_runs=bool(runs)),
         **training,
+        "commit": "not recorded",
+        "machine": "not recorded",
         **_origin(config.get("training") or {}),
-        **{f"run {i}": f"`{run['command']}`" for i, run in enumerate(runs, start=1) if "command" in run},
+        **{f"run {i}": _run(run) for i, run in enumerate(runs, start=1) if "command" in run},
         **{f"earlier run {i}": run_summary(run) for i, run in enumerate(training_runs(config)[:-1], start=1)},
         "xfusion": config["library_version"],
         "weights": f"`{config['weights_fingerprint']}`",
     }
+
+
+def _run(run: Mapping[str, Any]) -> str:
+    """One of the runs that made the weights: its command, and how much it computed."""
+    units = {"steps": "steps", "seconds": "s", "threads": "threads"}
+    amounts = (f"{run[name]:,} {unit}" for name, unit in units.items() if isinstance(run.get(name), int | float))
+    return ", ".join([_code(str(run["command"])), *amounts])
 
 
 def _code(text: str) -> str:

@@ -82,6 +82,16 @@ def test_a_pack_of_several_runs_states_its_seed_and_no_rate(bases, tmp_path):
         assert "| seed | 7 |" in card and ("| largest rate | 0.25 |" in card) == rate_is_said
 
 
+def test_each_of_several_runs_states_what_it_computed_and_what_was_not_recorded(bases, tmp_path):
+    recorded = {"command": "xfusion train xfusion", "steps": 4700, "seconds": 2478.9, "threads": 2}
+    training = TRAINING | {"runs": [recorded, {"command": "xfusion train `x`"}]}
+    make_model(bases["llama"]).save_pretrained(tmp_path / "pack", training=training)
+    card = (tmp_path / "pack" / "README.md").read_text()
+    assert "| run 1 | `xfusion train xfusion`, 4,700 steps, 2,478.9 s, 2 threads |" in card
+    assert "| run 2 | ``xfusion train `x``` |" in card
+    assert "| commit | not recorded |\n| machine | not recorded |" in card
+
+
 def test_what_a_pack_recorded_goes_along_with_its_weights(bases, hub, tmp_path):
     model = make_model(bases["llama"])
     model.opening = Opening(64)
