@@ -201,7 +201,7 @@ class LatePace(Pace):
 def run_late(folder: Path, name: str) -> None:
     """A wall-clock budget where the processes' clocks disagree."""
     loop.Pace = LatePace
-    run(folder, name, minutes=0.05)
+    run(folder, name, minutes=0.05, draw=1, caption=2)
 
 
 def run_lost(folder: Path, name: str, **settings) -> None:
