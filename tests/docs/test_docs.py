@@ -381,6 +381,7 @@ SUBSETS = {
     "asterisk_en_train.parquet": ("audio", 200),
     "nlvr_dev.parquet": ("images", 600),
     "clothing_160_train.parquet": ("images", 4000),
+    "fluent_emoji_3d_256.parquet": ("images", 24),
 }
 """Files of the real test assets that readers have, and how many of their rows at most, evenly chosen."""
 
@@ -405,6 +406,8 @@ def reader_has(name, folder, assets):
         shutil.copyfile(ROOT / name, place)
 
 
+ASSETS = {"whisper": "whisper_tiny_en_encoder", "whisper_tiny_en_encoder": "whisper_tiny_en_encoder", "taef2": "taef2"}
+"""Folders of the real test assets that readers have, by their names there."""
 MADE = {
     "prepared": {"photos": "photos", "runs/photos": "runs/photos", "pizza.png": "photos/pizza.png"},
     "heard": {
@@ -431,8 +434,8 @@ def give(document, folder, request):
             reader_has("runs/write_colours.py", folder, None)
             command = "python runs/write_colours.py -o runs/colours"
             run(Block("bash", command, True, True, True, 0, 0, "", "", ""), folder, {})
-        elif name in ("whisper", "whisper_tiny_en_encoder"):
-            (folder / name).symlink_to(request.getfixturevalue("assets") / "whisper_tiny_en_encoder")
+        elif name in ASSETS:
+            (folder / name).symlink_to(request.getfixturevalue("assets") / ASSETS[name])
         elif maker is None:
             reader_has(name, folder, request.getfixturevalue("assets") if name in SUBSETS else None)
         else:
