@@ -381,7 +381,7 @@ SUBSETS = {
     "asterisk_en_train.parquet": ("audio", 200),
     "nlvr_dev.parquet": ("images", 600),
     "clothing_160_train.parquet": ("images", 4000),
-    "fluent_emoji_3d_256.parquet": ("images", 24),
+    "fluent_emoji_3d_256.parquet": ("images", 200),
 }
 """Files of the real test assets that readers have, and how many of their rows at most, evenly chosen."""
 
