@@ -2,9 +2,9 @@
 
     python runs/write_fluent_emoji.py fluent_emoji_3d_256.parquet -o runs/fluent --categories animals-nature food-drink
 
-reads a parquet file with the columns image (bytes of a WebP), caption and category, such as ``animals-nature/animal-mammal``, and writes
-``runs/fluent/pictures.jsonl`` with the pictures as they are beside it. Without --categories it takes all of them. They are
-MIT (github.com/microsoft/fluentui-emoji; as WebP of 256 px in the npm package ``@lobehub/fluent-emoji-3d``).
+reads a parquet file with the columns image (bytes of a WebP), caption and category, such as ``animals-nature/animal-mammal``, and
+writes ``runs/fluent/pictures.jsonl`` with the pictures as they are beside it. Without --categories it takes all of them. They
+are MIT (github.com/microsoft/fluentui-emoji; as WebP of 256 px in the npm package ``@lobehub/fluent-emoji-3d``).
 """
 
 from __future__ import annotations
